@@ -1,0 +1,193 @@
+"""The schedulers of the Sarathi-Serve paper, side by side.
+
+A policy is a pure function from a read-only `View` to the chunks it proposes. The scheduler checks
+the proposal, allocates and emits the batch; so a policy says only who runs and how much of it.
+`POLICIES` is the registry; to add one, write the function and give it a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class RequestView(Protocol):
+    """What a policy may know of a request."""
+
+    @property
+    def num_remaining_tokens(self) -> int: ...
+    @property
+    def is_decode(self) -> bool: ...
+
+
+class Candidate(NamedTuple):
+    """A waiting request, the tokens it has to run, and the free blocks that admitting it takes."""
+
+    request: RequestView
+    num_tokens: int
+    num_blocks: int
+
+
+class Proposal(NamedTuple):
+    """Run the next `num_tokens` tokens of `request`, admitting it if it waits."""
+
+    request: RequestView
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The state that a policy decides on.
+
+    Attributes:
+        running: admitted requests that are not in flight, in order of arrival. Each already
+            holds the block of its next token.
+        waiting: requests that may be admitted, first come first, lazily.
+        num_running: all admitted requests, those in flight too.
+        free_blocks: blocks left for admissions.
+        watermark_blocks: free blocks that an admission must leave, unless nothing else runs.
+        max_num_seqs: most admitted requests.
+        token_limit: most tokens of the iteration, or None.
+        tile_tokens: see `TokenBudget.tile_tokens`.
+        decodes_ran_last: whether the last iteration held a decode.
+    """
+
+    running: tuple[RequestView, ...]
+    waiting: Iterable[Candidate]
+    num_running: int
+    free_blocks: int
+    watermark_blocks: int
+    max_num_seqs: int
+    token_limit: int | None
+    tile_tokens: int
+    decodes_ran_last: bool
+
+
+class Plan:
+    """A proposal under construction, with what is left of tokens, blocks and places."""
+
+    def __init__(self, view: View) -> None:
+        self.proposals: list[Proposal] = []
+        self._view = view
+        self._num_tokens = 0
+        self._free_blocks = view.free_blocks
+        self._num_running = view.num_running
+
+    def run(self, request: RequestView, num_tokens: int) -> None:
+        """Run tokens of a request that is admitted."""
+        if num_tokens > 0:
+            self.proposals.append(Proposal(request, num_tokens))
+            self._num_tokens += num_tokens
+
+    def run_all(self, requests: Iterable[RequestView]) -> None:
+        """Run all that is left of each request."""
+        for request in requests:
+            self.run(request, request.num_remaining_tokens)
+
+    def run_chunks(self) -> None:
+        """Continue every prefill under way, as far as the token limit goes."""
+        for request in self._view.running:
+            if not request.is_decode:
+                self.run(request, self.chunk(request.num_remaining_tokens))
+
+    def admit_chunks(self) -> None:
+        """Admit waiting requests while memory, places and the token limit allow."""
+        for candidate in self._view.waiting:
+            num_tokens = self.chunk(candidate.num_tokens)
+            if num_tokens == 0 or not self._admits(candidate):
+                return
+            self.run(candidate.request, num_tokens)
+
+    def chunk(self, remaining: int) -> int:
+        """How many of a prefill's remaining tokens fit; cut to a tile unless all of them do."""
+        limit = self._view.token_limit
+        if limit is None:
+            return remaining
+        room = max(0, limit - self._num_tokens)
+        if remaining <= room:
+            return remaining
+        tile = self._view.tile_tokens
+        cut = (self._num_tokens + room) // tile * tile - self._num_tokens
+        return cut if cut > 0 else room
+
+    def _admits(self, candidate: Candidate) -> bool:
+        watermark = self._view.watermark_blocks if self._num_running else 0
+        left = self._free_blocks - candidate.num_blocks
+        if self._num_running >= self._view.max_num_seqs or left < watermark:
+            return False
+        self._num_running += 1
+        self._free_blocks = left
+        return True
+
+
+def stall_free(view: View) -> list[Proposal]:
+    """Every decode, then prefills under way, then new ones, within the token limit.
+
+    Sarathi-Serve, algorithm 3. Decodes are never skipped, even beyond the limit. Without a limit
+    this is the ablation `hybrid_only`, and the batching of `orca`: whole prompts beside decodes.
+    """
+    plan = Plan(view)
+    plan.run_all(request for request in view.running if request.is_decode)
+    plan.run_chunks()
+    plan.admit_chunks()
+    return plan.proposals
+
+
+def prefill_first(view: View) -> list[Proposal]:
+    """Whole prompts if any waits and fits, else all decodes: vLLM as the paper compares it."""
+    plan = Plan(view)
+    plan.run_chunks()
+    plan.admit_chunks()
+    if not plan.proposals:
+        plan.run_all(view.running)
+    return plan.proposals
+
+
+def request_level(view: View) -> list[Proposal]:
+    """Admit only when nothing runs, then decode until all have ended: FasterTransformer."""
+    plan = Plan(view)
+    plan.run_all(view.running)
+    if view.num_running == 0:
+        plan.admit_chunks()
+    return plan.proposals
+
+
+def alternating(view: View) -> list[Proposal]:
+    """Chunks without decodes and decodes, in turn: the ablation with chunked prefills only."""
+    decodes = [request for request in view.running if request.is_decode]
+    plan = Plan(view)
+    if not (decodes and not view.decodes_ran_last):
+        plan.run_chunks()
+        plan.admit_chunks()
+    if not plan.proposals:
+        plan.run_all(decodes)
+    return plan.proposals
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy and what the scheduler must do for it.
+
+    Attributes:
+        propose: the decision.
+        keeps_budget: whether the token budget limits it.
+        reserves_context: whether admission takes memory for the longest context, so that it
+            never preempts, rather than for the prompt.
+        waits_to_share: whether the n completions of one prompt wait for its KV blocks.
+    """
+
+    propose: Callable[[View], list[Proposal]]
+    keeps_budget: bool = False
+    reserves_context: bool = False
+    waits_to_share: bool = True
+
+
+POLICIES: dict[str, Policy] = {
+    "sarathi": Policy(stall_free, keeps_budget=True),
+    "vllm": Policy(prefill_first),
+    "orca": Policy(stall_free, reserves_context=True),
+    "faster_transformer": Policy(request_level, reserves_context=True, waits_to_share=False),
+    "simple_chunking": Policy(alternating, keeps_budget=True),
+    "hybrid_only": Policy(stall_free),
+}

@@ -1,0 +1,319 @@
+"""The scheduler: owns all requests and the block pool, and turns a policy's wish into a batch.
+
+`schedule` and `complete` (or `fail`) bracket each iteration. Several batches may be in flight, as
+pipelining needs; a request in flight is neither scheduled again nor preempted. Nothing here knows
+the time, or what runs the batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from stallfree.core.batch import Batch, Chunk
+from stallfree.core.blocks import BlockPool, IntegrityError
+from stallfree.core.budget import TokenBudget
+from stallfree.core.policies import POLICIES, Candidate, Proposal, View
+from stallfree.core.request import FinishReason, Request, RequestState
+from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
+
+WATERMARK = 0.01  # share of the blocks that admissions leave free for running requests to grow
+
+
+class PolicyError(Exception):
+    """A policy proposed what it may not: a bug in the policy; nothing was scheduled."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Settings of a scheduler.
+
+    Attributes:
+        policy: a name in `POLICIES`.
+        max_num_seqs: most requests admitted at once.
+        max_model_len: longest context in tokens, prompt and output together.
+
+    Raises:
+        ConfigError: a value is unknown or out of range.
+    """
+
+    policy: str = "sarathi"
+    max_num_seqs: int = 128
+    max_model_len: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"scheduler is {self.policy!r}; it must be one of {list(POLICIES)}")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be at least 1")
+        if self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}; it must be at least 2")
+
+
+class Scheduler:
+    """Admits, batches, preempts and ends requests.
+
+    Args:
+        config: see `SchedulerConfig`.
+        pool: the KV blocks, all of them free.
+        budget: asked for the tokens of each iteration, if the policy keeps one.
+
+    Raises:
+        ConfigError: the pool is too small for what the policy reserves for one request.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, budget: TokenBudget) -> None:
+        self.config = config
+        self.pool = pool
+        self.budget = budget
+        self.policy = POLICIES[config.policy]
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of arrival
+        self._requests: dict[str, Request] = {}
+        self._groups: dict[str, list[Request]] = {}
+        self._watermark_blocks = int(WATERMARK * pool.num_blocks)
+        self._context_blocks = pool.blocks_for(config.max_model_len)
+        self._num_arrivals = 0
+        self._decodes_ran_last = False
+        if self.policy.reserves_context and self._context_blocks > pool.num_blocks:
+            raise ConfigError(
+                f"scheduler {config.policy} reserves the full context of {config.max_model_len} "
+                f"tokens for each request, but the KV cache holds {pool.num_tokens}: lower "
+                "max_model_len or raise kv_cache_memory"
+            )
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._requests)
+
+    def get(self, request_id: str) -> Request | None:
+        """The live request of that id, or None."""
+        return self._requests.get(request_id)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            InvalidRequestError: its prompt is empty or its id is in use.
+            ContextLengthError: it can outgrow the context, or the whole KV cache.
+        """
+        self._check_fits(request)
+        self._num_arrivals += 1
+        request.arrival = (request.arrived_at, self._num_arrivals)
+        self._requests[request.request_id] = request
+        if request.group is not None:
+            self._groups.setdefault(request.group, []).append(request)
+        self.waiting.append(request)
+
+    def _check_fits(self, request: Request) -> None:
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use")
+        if request.num_prompt_tokens == 0:
+            raise InvalidRequestError("the prompt is empty; it must have at least 1 token")
+        longest = request.num_prompt_tokens + request.max_tokens
+        if longest > self.config.max_model_len:
+            raise ContextLengthError(
+                f"{request.num_prompt_tokens} prompt tokens and up to {request.max_tokens} output "
+                f"tokens exceed the context of {self.config.max_model_len} tokens"
+            )
+        if request.max_kv_tokens > self.pool.num_tokens:
+            raise ContextLengthError(
+                f"{request.num_prompt_tokens} prompt tokens and up to {request.max_tokens} output "
+                f"tokens exceed the KV cache of {self.pool.num_tokens} tokens"
+            )
+
+    def schedule(self, now: float = 0.0) -> Batch | None:
+        """The next batch, in flight until it is completed or failed; None if nothing can run.
+
+        `now` is the engine's clock in seconds.
+        """
+        num_preempted = len(self.waiting)
+        ready = self._grow_running()
+        num_preempted = len(self.waiting) - num_preempted
+        limit = max(0, self.budget.tokens(ready)) if self.policy.keeps_budget else None
+        view = View(
+            running=tuple(ready),
+            waiting=self._candidates() if num_preempted == 0 else (),
+            num_running=len(self.running),
+            free_blocks=self.pool.num_free,
+            watermark_blocks=self._watermark_blocks,
+            max_num_seqs=self.config.max_num_seqs,
+            token_limit=limit,
+            tile_tokens=self.budget.tile_tokens,
+            decodes_ran_last=self._decodes_ran_last,
+        )
+        proposals = self.policy.propose(view)
+        if not proposals:
+            return None
+        batch = self._check(proposals, limit)
+        for chunk in batch.chunks:
+            self._launch(chunk.request, now)
+        self._decodes_ran_last = batch.num_decodes > 0
+        return batch
+
+    def complete(self, batch: Batch, token_ids: Sequence[int]) -> None:
+        """Take the result of a batch: one sampled token for each chunk of `batch.sampling`."""
+        sampled = iter(token_ids)
+        for chunk in batch.chunks:
+            request = chunk.request
+            token_id = next(sampled) if chunk.samples else None
+            request.in_flight = False
+            if request.pending_finish is not None:
+                self._end(request, request.pending_finish)
+                continue
+            request.num_computed_tokens = chunk.stop
+            if token_id is not None:
+                request.output_token_ids.append(token_id)
+                reason = request.finish_reason_after(token_id)
+                if reason is not None:
+                    self._end(request, reason)
+
+    def fail(self, batch: Batch) -> None:
+        """End every request of a batch that could not be run."""
+        for chunk in batch.chunks:
+            chunk.request.in_flight = False
+            self._end(chunk.request, FinishReason.ERROR)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request from outside, such as for a stop string or a client that left.
+
+        One in flight keeps its blocks until its batch is complete. One that ended stays as it is.
+        """
+        if request.is_finished:
+            return
+        if request.in_flight:
+            request.pending_finish = reason
+        else:
+            self._end(request, reason)
+
+    def check_integrity(self) -> None:
+        """Check that blocks and requests agree.
+
+        Raises:
+            IntegrityError: a block is lost, or held by a request that should hold none.
+        """
+        self.pool.check_integrity(request.block_table for request in self._requests.values())
+        if {id(request) for request in (*self.waiting, *self.running)} != {
+            id(request) for request in self._requests.values()
+        }:
+            raise IntegrityError("the queues and the table of live requests disagree")
+
+    def _grow_running(self) -> list[Request]:
+        """Give each running request the block of its next token, preempting the latest arrivals.
+
+        Returns those that are ready to run, in order of arrival.
+        """
+        ready = []
+        for request in list(self.running):
+            if request.in_flight or request.state is not RequestState.RUNNING:
+                continue
+            missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+            while missing > self.pool.num_free and request.state is RequestState.RUNNING:
+                self._preempt(next(r for r in reversed(self.running) if not r.in_flight))
+            if request.state is RequestState.RUNNING:
+                if missing > 0:
+                    request.block_table += self.pool.allocate(missing)
+                ready.append(request)
+        return ready
+
+    def _preempt(self, request: Request) -> None:
+        request.move_to(RequestState.WAITING)
+        self._release_blocks(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for request in self.waiting:
+            if not self._waits_for_sibling(request):
+                shared = len(self._sharable_blocks(request))
+                yield Candidate(
+                    request,
+                    num_tokens=request.num_tokens - shared * self.pool.block_size,
+                    num_blocks=self._blocks_to_admit(request) - shared,
+                )
+
+    def _blocks_to_admit(self, request: Request) -> int:
+        if self.policy.reserves_context:
+            return self._context_blocks
+        return self.pool.blocks_for(request.num_tokens)
+
+    def _waits_for_sibling(self, request: Request) -> bool:
+        """Whether the prompt of `request` is being computed, or is about to be, by another."""
+        if request.group is None or not self.policy.waits_to_share:
+            return False
+        siblings = self._groups[request.group]
+        if any(s.num_computed_tokens >= s.num_prompt_tokens for s in siblings):
+            return False
+        return siblings[0] is not request
+
+    def _sharable_blocks(self, request: Request) -> list[int]:
+        """Full blocks of the prompt that a sibling has computed; one token at least is left."""
+        if request.group is None or not self.policy.waits_to_share:
+            return []
+        siblings = self._groups[request.group]
+        source = max(siblings, key=lambda sibling: sibling.num_computed_tokens)
+        num_tokens = min(
+            source.num_computed_tokens, request.num_prompt_tokens, request.num_tokens - 1
+        )
+        return source.block_table[: num_tokens // self.pool.block_size]
+
+    def _check(self, proposals: Sequence[Proposal], limit: int | None) -> Batch:
+        """The batch that was proposed, once all of it is found legal."""
+        chunks = []
+        for view, num_tokens in proposals:
+            request = view
+            if not isinstance(request, Request) or request.is_finished or request.in_flight:
+                raise PolicyError(f"{request} cannot be scheduled")
+            start = request.num_computed_tokens
+            if request.state is RequestState.WAITING:
+                start = len(self._sharable_blocks(request)) * self.pool.block_size
+            if not 1 <= num_tokens <= request.num_tokens - start:
+                raise PolicyError(f"{num_tokens} tokens proposed of {request}")
+            samples = start + num_tokens == request.num_tokens
+            chunks.append(Chunk(request, start, num_tokens, samples, request.is_decode))
+        if len({id(chunk.request) for chunk in chunks}) < len(chunks):
+            raise PolicyError("a request was proposed twice")
+        batch = Batch(tuple(chunks))
+        if limit is not None and batch.num_tokens > max(limit, batch.num_decodes):
+            raise PolicyError(f"{batch.num_tokens} tokens proposed; the budget is {limit}")
+        return batch
+
+    def _launch(self, request: Request, now: float) -> None:
+        """Admit the request if it waits, and mark it as in flight."""
+        if request.state is RequestState.WAITING:
+            self._admit(request)
+        if request.first_scheduled_at is None:
+            request.first_scheduled_at = now
+        request.in_flight = True
+
+    def _admit(self, request: Request) -> None:
+        shared = self._sharable_blocks(request)
+        blocks = self.pool.allocate(self._blocks_to_admit(request) - len(shared))
+        self.pool.share(shared)
+        request.block_table = [*shared, *blocks]
+        request.num_computed_tokens = len(shared) * self.pool.block_size
+        request.move_to(RequestState.RUNNING)
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.running.sort(key=lambda running: running.arrival)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        queue = self.running if request.state is RequestState.RUNNING else self.waiting
+        request.move_to(RequestState.FINISHED)
+        request.finish_reason = reason
+        queue.remove(request)
+        self._release_blocks(request)
+        del self._requests[request.request_id]
+        if request.group is not None:
+            siblings = self._groups[request.group]
+            siblings.remove(request)
+            if not siblings:
+                del self._groups[request.group]
+
+    def _release_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_table)
+        request.block_table = []

@@ -1,0 +1,1 @@
+"""The loop, the offline and the asynchronous engine, and the tokenizer. Knows no HTTP."""

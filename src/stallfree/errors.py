@@ -1,0 +1,69 @@
+"""Every error that stallfree raises on purpose.
+
+    StallfreeError
+    ├── ConfigError                    a setting or a flag is wrong: nothing has started
+    ├── ModelError                     the model on disk cannot be used
+    │   ├── UnsupportedModelError      its architecture, or a feature of it, is not implemented
+    │   ├── WeightFileError            a weight file is corrupt, truncated, hostile or incomplete
+    │   └── TokenizerError             no usable tokenizer or chat template
+    ├── InvalidRequestError            one request is wrong; nobody else is affected
+    │   └── ContextLengthError         more tokens than the context or the KV cache holds
+    └── EngineError                    a request that was accepted cannot be finished
+        ├── ExecutorError              the iteration that held the request failed
+        └── EngineStoppedError         the engine is draining, stopped or dead
+
+A message names the offending value and the limit, and says what to do where that is not obvious.
+"""
+
+from __future__ import annotations
+
+
+class StallfreeError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(StallfreeError):
+    """A setting is invalid; the message names it, its value and the limit."""
+
+
+class ModelError(StallfreeError):
+    """A model cannot be loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model uses an architecture or feature that is not implemented."""
+
+
+class WeightFileError(ModelError):
+    """A weight file is corrupt, truncated, hostile or incomplete."""
+
+
+class TokenizerError(ModelError):
+    """The model has no usable tokenizer or chat template."""
+
+
+class InvalidRequestError(StallfreeError):
+    """A request is invalid.
+
+    `param` is the name of the offending field as the client sent it, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    """A request asks for more tokens than the context or the KV cache can hold."""
+
+
+class EngineError(StallfreeError):
+    """A request that was accepted cannot be finished."""
+
+
+class ExecutorError(EngineError):
+    """The iteration that held the request failed; other requests go on."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine takes no more requests: it is draining, stopped or dead."""

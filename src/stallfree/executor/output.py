@@ -1,0 +1,55 @@
+"""What an executor is, and what it gives back for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from stallfree.core.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Natural-log probabilities at one position, before temperature, penalties and cuts.
+
+    Attributes:
+        token_id: the token that is there.
+        logprob: its log probability.
+        top: the likeliest tokens with theirs, likeliest first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled token; `logprobs` only if the request asked for them."""
+
+    token_id: int
+    logprobs: PositionLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorOutput:
+    """The result of a batch.
+
+    Attributes:
+        samples: one for each chunk of `Batch.sampling`, in its order.
+        prompt_logprobs: by request id, for requests that asked, the prompt positions
+            `chunk.start + 1` to `chunk.stop` (position 0 has no prediction), as far as they are
+            in the prompt.
+    """
+
+    samples: tuple[Sample, ...]
+    prompt_logprobs: Mapping[str, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs batches. It keeps nothing about a request but its KV, in the blocks of its table."""
+
+    def execute(self, batch: Batch) -> ExecutorOutput:
+        """Run `batch` and sample. Any exception fails the requests of the batch, and only them."""
+        ...

@@ -1,0 +1,1 @@
+"""Models: configuration, weights, the decoder, the sampler. Knows no requests and no HTTP."""
