@@ -1,0 +1,349 @@
+"""The scheduler's invariants, over random schedules.
+
+The stand-in for a model is exact: it keeps what each KV slot holds, checks that a chunk finds its
+whole context there, and samples a token that depends on every token before it. So a block table
+that is wrong, a block shared too early or a token run twice shows as a wrong answer.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stallfree.core.batch import Batch
+from stallfree.core.blocks import BlockPool
+from stallfree.core.budget import StaticBudget
+from stallfree.core.policies import POLICIES, Policy, Proposal, View
+from stallfree.core.request import FinishReason, Request, RequestState
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.scheduler import PolicyError, Scheduler, SchedulerConfig
+from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
+
+VOCABULARY = 50
+END_TOKEN = 0
+MAX_MODEL_LEN = 48
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    return zlib.crc32(bytes(tokens)) % VOCABULARY
+
+
+def answer(prompt: Sequence[int], max_tokens: int, min_tokens: int = 0) -> list[int]:
+    """What a request must answer, however it is scheduled."""
+    tokens = list(prompt)
+    for count in range(1, max_tokens + 1):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == END_TOKEN and count >= min_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class ExactModel:
+    """Remembers the token and the position that each slot holds."""
+
+    block_size: int
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def run(self, batch: Batch) -> list[int]:
+        for chunk in batch.chunks:
+            tokens = list(chunk.request.tokens(0, chunk.stop))
+            for position in range(chunk.start, chunk.stop):
+                self.slots[self._slot(chunk.request, position)] = (tokens[position], position)
+            for position, token in enumerate(tokens):
+                assert self.slots[self._slot(chunk.request, position)] == (token, position)
+        return [next_token(chunk.request.tokens(0, chunk.stop)) for chunk in batch.sampling]
+
+    def _slot(self, request: Request, position: int) -> int:
+        block = request.block_table[position // self.block_size]
+        return block * self.block_size + position % self.block_size
+
+
+@dataclass(frozen=True)
+class Setup:
+    policy: str
+    budget: int
+    tile: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    depth: int  # batches in flight at once
+    seed: int
+
+
+setups = st.builds(
+    Setup,
+    policy=st.sampled_from(sorted(POLICIES)),
+    budget=st.integers(1, 40),
+    tile=st.sampled_from([1, 4, 16]),
+    num_blocks=st.integers(12, 60),
+    block_size=st.sampled_from([4, 5, 8]),
+    max_num_seqs=st.integers(1, 12),
+    depth=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+
+
+class Run:
+    """A scheduler under random arrivals, aborts and failures, checked at every step."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.random = random.Random(setup.seed)
+        pool = BlockPool(setup.num_blocks, setup.block_size)
+        config = SchedulerConfig(setup.policy, setup.max_num_seqs, MAX_MODEL_LEN)
+        self.scheduler = Scheduler(config, pool, StaticBudget(setup.budget, setup.tile))
+        self.model = ExactModel(setup.block_size)
+        self.in_flight: list[Batch] = []
+        self.requests: list[Request] = []
+        self.failed: set[str] = set()
+
+    def arrive(self) -> None:
+        random = self.random
+        max_tokens = random.randint(1, 12)
+        prompt = [random.randrange(VOCABULARY) for _ in range(random.randint(1, 30))]
+        size = random.choice([1, 1, 1, 3])
+        for index in range(size):
+            name = f"{len(self.requests)}"
+            request = Request(
+                name,
+                prompt,
+                SamplingParams(max_tokens=max_tokens, min_tokens=random.randint(0, max_tokens)),
+                max_tokens=max_tokens,
+                end_token_ids=frozenset({END_TOKEN}),
+                group=f"group {len(self.requests) - index}" if size > 1 else None,
+            )
+            if request.max_kv_tokens <= self.scheduler.pool.num_tokens:
+                self.scheduler.add(request)
+                self.requests.append(request)
+
+    def disturb(self) -> None:
+        """Abort a request, or fail the oldest batch, now and then."""
+        alive = [request for request in self.requests if not request.is_finished]
+        if alive and self.random.random() < 0.08:
+            self.scheduler.finish(self.random.choice(alive), FinishReason.ABORT)
+        if self.in_flight and self.random.random() < 0.04:
+            batch = self.in_flight.pop(0)
+            self.failed |= {chunk.request.request_id for chunk in batch.chunks}
+            self.scheduler.fail(batch)
+
+    def step(self) -> None:
+        if len(self.in_flight) < self.setup.depth:
+            batch = self.scheduler.schedule()
+            if batch is not None:
+                self.check_batch(batch)
+                self.in_flight.append(batch)
+            else:
+                assert self.in_flight or not self.scheduler.has_requests, "live-lock"
+        if self.in_flight and (
+            len(self.in_flight) == self.setup.depth or self.random.random() < 0.5
+        ):
+            batch = self.in_flight.pop(0)
+            self.scheduler.complete(batch, self.model.run(batch))
+        self.scheduler.check_integrity()
+
+    def check_batch(self, batch: Batch) -> None:
+        busy = [chunk.request for other in self.in_flight for chunk in other.chunks]
+        assert not any(chunk.request in busy for chunk in batch.chunks)
+        assert all(chunk.request.state is RequestState.RUNNING for chunk in batch.chunks)
+        assert len(self.scheduler.running) <= self.setup.max_num_seqs
+        policy = POLICIES[self.setup.policy]
+        if policy.keeps_budget:
+            assert batch.num_tokens <= max(self.setup.budget, batch.num_decodes)
+        if policy.reserves_context:
+            assert all(request.num_preemptions == 0 for request in self.requests)
+        if self.setup.policy in ("sarathi", "hybrid_only", "orca") and self.setup.depth == 1:
+            due = [request for request in self.scheduler.running if request.is_decode]
+            assert {id(request) for request in due} == {
+                id(chunk.request) for chunk in batch.chunks if chunk.is_decode
+            }
+
+    def check_end(self) -> None:
+        assert self.scheduler.pool.num_free == self.setup.num_blocks
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        for request in self.requests:
+            expected = answer(
+                request.prompt_token_ids, request.max_tokens, request.params.min_tokens
+            )
+            if request.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                assert request.output_token_ids == expected[: request.num_output_tokens]
+            else:
+                assert request.output_token_ids == expected
+            assert (request.finish_reason is FinishReason.ERROR) == (
+                request.request_id in self.failed
+            )
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(setup=setups, arrivals=st.integers(1, 14))
+def test_invariants_hold_over_random_schedules(setup: Setup, arrivals: int) -> None:
+    run = Run(setup) if fits(setup) else None
+    if run is None:
+        return
+    for _ in range(arrivals):
+        run.arrive()
+        for _ in range(run.random.randint(0, 6)):
+            run.disturb()
+            run.step()
+    for _ in range(20_000):
+        if not run.scheduler.has_requests:
+            break
+        run.step()
+    run.check_end()
+
+
+def fits(setup: Setup) -> bool:
+    """Whether the pool holds what the policy reserves; if not, it is refused at the start."""
+    tokens = setup.num_blocks * setup.block_size
+    if POLICIES[setup.policy].reserves_context and tokens < MAX_MODEL_LEN:
+        with pytest.raises(ConfigError, match="full context"):
+            Run(setup)
+        return False
+    return True
+
+
+def scheduler(
+    num_blocks: int = 8, block_size: int = 4, policy: str = "sarathi", budget: int = 16
+) -> Scheduler:
+    config = SchedulerConfig(policy, max_num_seqs=8, max_model_len=64)
+    return Scheduler(config, BlockPool(num_blocks, block_size), StaticBudget(budget))
+
+
+def request(name: str, num_prompt: int = 4, max_tokens: int = 8, at: float = 0.0) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return Request(name, range(num_prompt), params, max_tokens=max_tokens, arrived_at=at)
+
+
+def run_to_end(scheduler: Scheduler) -> list[Batch]:
+    batches = []
+    while (batch := scheduler.schedule()) is not None:
+        batches.append(batch)
+        scheduler.complete(batch, [1] * len(batch.sampling))
+        scheduler.check_integrity()
+    return batches
+
+
+def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
+    own = scheduler(num_blocks=4)
+    first, second, third = request("first", 7), request("second", 7), request("third", 4)
+    for each in (first, second, third):
+        own.add(each)
+    batches = run_to_end(own)
+    assert first.num_preemptions == 0
+    assert second.num_preemptions >= 1
+    assert [len(each.output_token_ids) for each in (first, second, third)] == [8, 8, 8]
+    order = [chunk.request.request_id for batch in batches for chunk in batch.chunks]
+    assert order.index("third") > max(i for i, name in enumerate(order) if name == "first")
+
+
+def test_completions_of_one_prompt_share_its_blocks() -> None:
+    own = scheduler(num_blocks=40)
+    group = [
+        Request(f"{i}", range(18), SamplingParams(max_tokens=4), max_tokens=4, group="g")
+        for i in range(3)
+    ]
+    for each in group:
+        own.add(each)
+    batches = run_to_end(own)
+    prefilled = [c.num_tokens for batch in batches for c in batch.chunks if not c.is_decode]
+    assert sum(prefilled) == 18 + 2 + 2  # the whole prompt once, then the part-filled block
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    own = scheduler(num_blocks=4, block_size=4)
+    own.add(request("fits", num_prompt=9, max_tokens=8))
+    with pytest.raises(ContextLengthError, match="KV cache of 16 tokens"):
+        own.add(request("too long", num_prompt=10, max_tokens=8))
+    with pytest.raises(ContextLengthError, match="context of 64 tokens"):
+        own.add(request("past the context", num_prompt=60, max_tokens=8))
+    with pytest.raises(InvalidRequestError, match="empty"):
+        own.add(request("empty", num_prompt=0))
+    with pytest.raises(InvalidRequestError, match="in use"):
+        own.add(request("fits"))
+    run_to_end(own)
+
+
+def test_abort_frees_everything_at_any_moment() -> None:
+    own = scheduler()
+    waiting, running, flying = request("waiting", 25), request("running"), request("flying")
+    own.add(running)
+    first = own.schedule()
+    assert first is not None
+    own.complete(first, [1])
+    own.finish(running, FinishReason.ABORT)
+    assert own.pool.num_free == 8
+    own.add(flying)
+    batch = own.schedule()
+    assert batch is not None
+    own.add(waiting)
+    own.finish(waiting, FinishReason.ABORT)
+    own.finish(flying, FinishReason.ABORT)
+    assert own.pool.num_free == 7  # the iteration under way still writes there
+    own.complete(batch, [1])
+    assert own.pool.num_free == 8
+    assert not own.has_requests
+    assert flying.finish_reason is FinishReason.ABORT
+    own.finish(flying, FinishReason.STOP)
+    assert flying.finish_reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize(
+    "propose",
+    [
+        lambda view: [Proposal(r, 99) for r in view.running],
+        lambda view: [Proposal(r, 0) for r in view.running],
+        lambda view: [Proposal(r, 1) for r in (*view.running, *view.running)],
+        lambda view: [Proposal(c.request, 17) for c in view.waiting],
+    ],
+)
+def test_a_policy_that_breaks_the_rules_changes_nothing(
+    propose: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = scheduler()
+    own.add(request("running"))
+    batch = own.schedule()
+    assert batch is not None
+    own.complete(batch, [1])
+    own.add(request("waiting", 20))
+    own.policy = Policy(propose, keeps_budget=True)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError):
+        own.schedule()
+    own.check_integrity()
+    assert not any(each.in_flight for each in own.running)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match="'fifo'"):
+        SchedulerConfig("fifo")
+    with pytest.raises(ConfigError, match="max_num_seqs is 0"):
+        SchedulerConfig(max_num_seqs=0)
+    with pytest.raises(ConfigError, match="max_model_len is 1"):
+        SchedulerConfig(max_model_len=1)
+
+
+def test_a_policy_sees_requests_read_only() -> None:
+    """Every policy leaves its view as it was and repeats its answer."""
+    own = scheduler(num_blocks=20)
+    for index in range(3):
+        own.add(request(f"{index}", 10))
+    own.schedule()
+    for policy in POLICIES.values():
+        state = View(
+            running=tuple(own.running),
+            waiting=[],
+            num_running=len(own.running),
+            free_blocks=5,
+            watermark_blocks=0,
+            max_num_seqs=8,
+            token_limit=16,
+            tile_tokens=1,
+            decodes_ran_last=False,
+        )
+        assert policy.propose(state) == policy.propose(state)
