@@ -1,0 +1,192 @@
+"""The decoder of the Llama family: a plain forward pass over the packed rows of a batch.
+
+Legend of shapes: T rows (tokens) of the batch, H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from stallfree.errors import WeightFileError
+from stallfree.model.attention import Span, attend
+from stallfree.model.config import ModelConfig
+from stallfree.model.kv_cache import KVCache
+from stallfree.model.linear import Linear, make_linear
+from stallfree.model.rope import apply_rope, rope_table
+from stallfree.model.weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One batch as tensors.
+
+    Attributes:
+        token_ids: int64 (T,).
+        positions: int64 (T,), of each token in its request.
+        slots: int64 (T,), the KV slot that each token is written to.
+        spans: by sliding window (None: none), the spans that cover all rows.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    spans: dict[int | None, list[Span]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Weights of one layer; `q_norm` and `k_norm` only where the architecture has them."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model with its weights.
+
+    Args:
+        config: its shape.
+        weights: read one tensor at a time, so that nothing is in memory twice.
+        max_positions: longest context in tokens.
+        dtype, device: of the weights and the computation.
+        on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Raises:
+        WeightFileError: a weight is missing or has another shape than the configuration says.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        *,
+        max_positions: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.num_parameters = 0
+        self._weights = weights
+        self._rope = rope_table(config, max_positions).to(device=device, dtype=dtype)
+        shape = (config.vocab_size, config.hidden_size)
+        self._embedding = self._tensor("model.embed_tokens.weight", shape)
+        self._layers = []
+        for layer in range(config.num_layers):
+            self._layers.append(self._load_layer(layer))
+            if on_layer is not None:
+                on_layer(layer)
+        self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
+        tied = config.tie_embeddings or "lm_head.weight" not in weights.names()
+        self._lm_head = make_linear(
+            self._embedding if tied else self._tensor("lm_head.weight", shape)
+        )
+        del self._weights
+
+    def _load_layer(self, layer: int) -> _Layer:
+        config, prefix = self.config, f"model.layers.{layer}"
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        head_norm = (config.head_dim,)
+        return _Layer(
+            input_norm=self._tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
+            qkv=self._linear(
+                {
+                    f"{attention}.q_proj": q_size,
+                    f"{attention}.k_proj": kv_size,
+                    f"{attention}.v_proj": kv_size,
+                },
+                hidden,
+                config.qkv_bias,
+            ),
+            q_norm=self._tensor(f"{attention}.q_norm.weight", head_norm)
+            if config.qk_norm
+            else None,
+            k_norm=self._tensor(f"{attention}.k_norm.weight", head_norm)
+            if config.qk_norm
+            else None,
+            output=self._linear({f"{attention}.o_proj": hidden}, q_size, config.output_bias),
+            mlp_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            gate_up=self._linear(
+                {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, hidden, config.mlp_bias
+            ),
+            down=self._linear({f"{mlp}.down_proj": hidden}, inner, config.mlp_bias),
+        )
+
+    def _linear(self, out_sizes: dict[str, int], in_size: int, has_bias: bool) -> Linear:
+        """One layer of several projections of the same input, one under the other."""
+        weights = [self._tensor(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
+        bias = None
+        if has_bias:
+            bias = torch.cat([self._tensor(f"{n}.bias", (size,)) for n, size in out_sizes.items()])
+        return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = self._weights.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise WeightFileError(
+                f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
+            )
+        self.num_parameters += tensor.numel()
+        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
+        """Run all layers, writing the new tokens' keys and values to `cache`.
+
+        Returns:
+            The last hidden states (T, hidden), for `logits`.
+        """
+        hidden = F.embedding(batch.token_ids, self._embedding)  # (T, hidden)
+        table = self._rope[batch.positions]  # (T, 2, D)
+        for index, layer in enumerate(self._layers):
+            attended = self._attention(index, layer, hidden, table, batch, cache)
+            hidden = hidden + layer.output(attended)
+            gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
+        return hidden
+
+    def _attention(
+        self,
+        index: int,
+        layer: _Layer,
+        hidden: torch.Tensor,
+        table: torch.Tensor,
+        batch: ModelInput,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Heads of the attention, one after the other: (T, H * D)."""
+        config = self.config
+        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
+        heads = qkv.view(len(qkv), -1, config.head_dim)  # (T, H + 2K, D)
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
+        cache.write(index, batch.slots, apply_rope(k, table), v)
+        spans = batch.spans[config.sliding_windows[index]]
+        return attend(apply_rope(q, table), cache, index, spans).flatten(1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""
+        return self._lm_head(self._rms_norm(hidden, self._norm)).float()
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+
+def windows_of(config: ModelConfig) -> Iterable[int | None]:
+    """The different sliding windows that the layers use."""
+    return dict.fromkeys(config.sliding_windows)

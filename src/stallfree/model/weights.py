@@ -1,0 +1,140 @@
+"""Where weights come from: names of Hugging Face models to tensors, one at a time.
+
+Here is the reader of safetensors files; the one of GGUF files is in `gguf`. Pickles are never
+loaded, because loading one runs whatever code it holds. What the tensors are for is not known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stallfree.errors import ModelError, WeightFileError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class WeightSource(Protocol):
+    """Named tensors, read when they are asked for."""
+
+    def names(self) -> frozenset[str]:
+        """All names, as Hugging Face has them, such as `model.layers.0.mlp.up_proj.weight`."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU.
+
+        Raises:
+            WeightFileError: there is none of that name, or it cannot be read.
+        """
+        ...
+
+
+class SafetensorsWeights:
+    """The safetensors files of a folder, mapped; tensors keep the dtype they are stored with.
+
+    Raises:
+        WeightFileError: a file is missing, truncated or corrupt, or the index contradicts them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = folder / _INDEX
+        if index.is_file():
+            self._shard_of = self._read_index(index)
+        elif (folder / _SINGLE).is_file():
+            self._shard_of = {}
+        else:
+            raise WeightFileError(_nothing_to_load(folder))
+        files = set(self._shard_of.values()) or {_SINGLE}
+        self._shards = {name: _open(folder / name) for name in sorted(files)}
+        held = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
+        if not self._shard_of:
+            self._shard_of = dict.fromkeys(held[_SINGLE], _SINGLE)
+        for name, file in self._shard_of.items():
+            if name not in held[file]:
+                raise WeightFileError(f"{index} says that {name} is in {file}; it is not")
+
+    def names(self) -> frozenset[str]:
+        """All names that the files hold."""
+        return frozenset(self._shard_of)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored.
+
+        Raises:
+            WeightFileError: there is none of that name, or it cannot be read.
+        """
+        file = self._shard_of.get(name)
+        if file is None:
+            raise WeightFileError(f"{self._folder} has no weight {name}")
+        try:
+            tensor: torch.Tensor = self._shards[file].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise WeightFileError(
+                f"{self._folder / file}: {name} cannot be read: {error}"
+            ) from None
+        return tensor
+
+    def _read_index(self, path: Path) -> dict[str, str]:
+        shard_of = read_json(path).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of:
+            raise WeightFileError(f"{path} has no weight_map")
+        for name, file in shard_of.items():
+            if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
+                raise WeightFileError(
+                    f"{path} places {name} in {file!r:.200}; "
+                    f"weights are only read from files directly in {self._folder}"
+                )
+        return shard_of
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: there is no such file, it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file, its header checked by the library against its size."""
+    if not path.is_file():
+        raise WeightFileError(f"{path} is missing; the model is incomplete: fetch it again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise WeightFileError(
+            f"{path} is not a usable safetensors file: {error}; it may be truncated or corrupt"
+        ) from None
+
+
+def _nothing_to_load(folder: Path) -> str:
+    message = f"{folder} has neither {_SINGLE} nor {_INDEX}"
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        message += (
+            f"; {pickles[0]} is a pickle, which can run any code when it is loaded and is "
+            "therefore never loaded: convert it to safetensors"
+        )
+    elif any(folder.glob("*.gguf")):
+        message += "; to use a .gguf file, name the file itself"
+    return message

@@ -1,0 +1,202 @@
+"""The decoder against transformers, in float32, over every architecture, policy and budget."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stallfree.core.blocks import BlockPool
+from stallfree.core.budget import StaticBudget
+from stallfree.core.policies import POLICIES
+from stallfree.core.request import Request
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.scheduler import Scheduler, SchedulerConfig
+from stallfree.executor.torch_executor import TorchExecutor
+from stallfree.model.attention import make_spans
+from stallfree.model.config import ModelConfig
+from stallfree.model.decoder import Decoder, ModelInput, windows_of
+from stallfree.model.kv_cache import KVCache
+from stallfree.model.weights import SafetensorsWeights
+
+STEPS = 64
+MAX_MODEL_LEN = 128
+BLOCK_SIZE = 8
+UNBOUNDED = 10_000
+
+
+def rope(rope_type: str, theta: float = 10_000.0, **parameters: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **parameters}}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied, biased": {
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama rope linear": rope("linear", factor=4.0),
+    "llama rope dynamic": rope("dynamic", factor=2.0),
+    "llama rope llama3": rope(
+        "llama3",
+        theta=500_000.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    ),
+    "llama rope yarn": rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    "mistral": {"sliding_window": 20, "head_dim": 32},
+    "qwen2": {},
+    "qwen2 windows": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"head_dim": 32},
+}
+
+
+@dataclass
+class Reference:
+    """A model of transformers, and ours with the same weights."""
+
+    model: Any
+    decoder: Decoder
+
+    def greedy(self, prompt: Sequence[int]) -> list[int]:
+        output = self.model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return load(tmp_path_factory.mktemp("model"), request.param)
+
+
+def load(folder: Path, name: str, **extra: Any) -> Reference:
+    save_tiny_model(
+        folder, name.split()[0], vocab_size=320, initializer_range=0.2, **MODELS[name], **extra
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    config = ModelConfig.from_hf(AutoConfig.from_pretrained(folder).to_dict())
+    decoder = Decoder(config, SafetensorsWeights(folder), max_positions=MAX_MODEL_LEN)
+    assert decoder.num_parameters == model.num_parameters()
+    return Reference(model, decoder)
+
+
+def make_prompts(vocab_size: int) -> list[list[int]]:
+    rng = random.Random(7)
+    lengths = [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 47, 55, 60]
+    return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+def run_chunked(decoder: Decoder, tokens: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
+    """Logits (T, V) of a prompt run in chunks that end at `cuts`, over scattered blocks."""
+    num_blocks = -(-len(tokens) // BLOCK_SIZE)
+    cache = KVCache(decoder.config, 2 * num_blocks, BLOCK_SIZE)
+    blocks = torch.tensor(random.Random(3).sample(range(2 * num_blocks), num_blocks))
+    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
+    logits = []
+    for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        spans = {
+            window: list(make_spans(0, start, stop, slots[:stop], window))
+            for window in windows_of(decoder.config)
+        }
+        batch = ModelInput(
+            torch.tensor(tokens[start:stop]), torch.arange(start, stop), slots[start:stop], spans
+        )
+        logits.append(decoder.logits(decoder.forward(batch, cache)))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [32], [5, 6, 50], list(range(1, 100))])
+def test_logits_match(reference: Reference, cuts: list[int]) -> None:
+    tokens = [random.Random(1).randrange(320) for _ in range(100)]
+    with torch.inference_mode():
+        expected = reference.model(torch.tensor([tokens])).logits[0]
+        actual = run_chunked(reference.decoder, tokens, cuts)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def serve(
+    decoder: Decoder, prompts: list[list[int]], policy: str, budget: int, num_blocks: int
+) -> list[Request]:
+    """Run all prompts together to their ends."""
+    config = SchedulerConfig(policy, max_num_seqs=16, max_model_len=MAX_MODEL_LEN)
+    scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), StaticBudget(budget))
+    executor = TorchExecutor(decoder, KVCache(decoder.config, num_blocks, BLOCK_SIZE))
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+    requests = [
+        Request(str(index), prompt, params, max_tokens=STEPS)
+        for index, prompt in enumerate(prompts)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    while (batch := scheduler.schedule()) is not None:
+        output = executor.execute(batch)
+        scheduler.complete(batch, [sample.token_id for sample in output.samples])
+    scheduler.check_integrity()
+    return requests
+
+
+def test_greedy_tokens_match_under_every_policy_and_budget(reference: Reference) -> None:
+    prompts = make_prompts(320)
+    expected = [reference.greedy(prompt) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 50
+    num_preemptions = 0
+    for name, policy in POLICIES.items():
+        for budget in (1, 7, 64, UNBOUNDED) if policy.keeps_budget else (UNBOUNDED,):
+            requests = serve(reference.decoder, prompts, name, budget, num_blocks=40)
+            actual = [request.output_token_ids for request in requests]
+            assert actual == expected, (name, budget)
+            num_preemptions += sum(request.num_preemptions for request in requests)
+    assert num_preemptions > 10
+
+
+def test_dynamic_rope_is_settled_for_the_longest_context(tmp_path: Path) -> None:
+    """Past the trained context, the angles are those transformers has at the longest length."""
+    reference = load(tmp_path, "llama rope dynamic", max_position_embeddings=64)
+    tokens = [random.Random(2).randrange(320) for _ in range(MAX_MODEL_LEN)]
+    with torch.inference_mode():
+        expected = reference.model(torch.tensor([tokens])).logits[0]
+        actual = run_chunked(reference.decoder, tokens, [10, 100])
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_long_chunks_are_cut_into_spans(tmp_path: Path) -> None:
+    reference = load(tmp_path, "mistral")
+    decoder = Decoder(
+        reference.decoder.config, SafetensorsWeights(tmp_path), max_positions=1200
+    )
+    tokens = [random.Random(2).randrange(320) for _ in range(1200)]
+    with torch.inference_mode():
+        expected = reference.model(torch.tensor([tokens])).logits[0]
+        actual = run_chunked(decoder, tokens, [50])
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
