@@ -1,0 +1,190 @@
+"""The engine in a thread of its own, behind asynchronous streams.
+
+Only that thread touches the engine; others post commands to its inbox, which it empties before
+every iteration. So a long iteration never blocks an event loop, and an abort takes effect within
+one iteration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.engine.engine import Engine
+from stallfree.engine.outputs import Delta
+from stallfree.errors import EngineStoppedError
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.02
+
+
+class _Stream:
+    """Where the deltas of one request go: a queue of one event loop."""
+
+    def __init__(self, num_completions: int) -> None:
+        self.open = set(range(num_completions))  # completions that have not ended
+        self._loop = asyncio.get_running_loop()
+        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+
+    def put(self, delta: Delta) -> None:
+        """Deliver from the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+        except RuntimeError:  # the event loop has closed: nobody listens any more
+            logger.debug("a delta of %s came after its event loop closed", delta.request_id)
+
+    async def get(self) -> Delta:
+        return await self._deltas.get()
+
+
+class AsyncEngine:
+    """Runs an `Engine` for asynchronous callers.
+
+    Attributes:
+        engine: the engine; call nothing that changes it.
+        error: what ended the loop, if it died.
+        on_death: called with `error`, from the engine's thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None
+        self.on_death: Callable[[BaseException], None] | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="stallfree-engine", daemon=True)
+
+    @property
+    def num_running(self) -> int:
+        """Completions that hold KV blocks."""
+        return len(self.engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Completions that wait for admission."""
+        return len(self.engine.scheduler.waiting)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the engine is about to stop."""
+        return self._draining
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the iteration under way; what still runs is dropped."""
+        self._draining = True
+        self._inbox.put(self._request_stop)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    async def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise what `generate` would raise for a bad request, without running it."""
+        self._check_accepting()
+        self.engine.check(prompt_token_ids, params)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> AsyncIterator[Delta]:
+        """Run a request; closing the iterator aborts it within one iteration.
+
+        Yields:
+            The deltas of its n completions as they come; each ends with a `finish_reason`.
+
+        Raises:
+            InvalidRequestError: the request is wrong; before anything is yielded.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        await self.check(prompt_token_ids, params)
+        stream = _Stream(params.n)
+        self._streams[request_id] = stream
+        self._inbox.put(lambda: self.engine.add(request_id, prompt_token_ids, params))
+        num_open = params.n
+        try:
+            if self.error is not None:  # it died since the check: nobody reads the inbox
+                raise self._death()
+            while num_open:
+                delta = await stream.get()
+                num_open -= delta.finish_reason is not None
+                yield delta
+        finally:
+            self._streams.pop(request_id, None)
+            if num_open:
+                self._inbox.put(lambda: self.engine.abort(request_id))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new requests and wait for those that run.
+
+        Returns:
+            False if some had to be aborted because `timeout_s` passed.
+        """
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._streams and self.error is None:
+            if time.monotonic() >= deadline:
+                self._abort_all()
+                return False
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return True
+
+    def _abort_all(self) -> None:
+        for request_id, stream in list(self._streams.items()):
+            self._inbox.put(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
+            self._end(request_id, stream, "abort", "the server is shutting down")
+
+    def _check_accepting(self) -> None:
+        if self.error is not None:
+            raise self._death()
+        if self._draining:
+            raise EngineStoppedError("the server is shutting down and takes no new requests")
+
+    def _death(self) -> EngineStoppedError:
+        return EngineStoppedError(f"the engine has died: {self.error!r}")
+
+    def _request_stop(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        """The engine's thread: commands, then a step, for ever."""
+        try:
+            while True:
+                self._take_commands()
+                if self._stopping:
+                    return
+                for delta in self.engine.step():
+                    self._deliver(delta)
+        except BaseException as error:
+            logger.exception("the engine has died")
+            self.error = error
+            for request_id, stream in list(self._streams.items()):
+                self._end(request_id, stream, "error", f"the engine has died: {error!r}")
+            if self.on_death is not None:
+                self.on_death(error)
+
+    def _take_commands(self) -> None:
+        """Carry out what was posted; with nothing to run, wait for something."""
+        if not self.engine.has_requests:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+
+    def _deliver(self, delta: Delta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is not None:
+            if delta.finish_reason is not None:
+                stream.open.discard(delta.index)
+            stream.put(delta)
+
+    def _end(self, request_id: str, stream: _Stream, reason: str, error: str) -> None:
+        for index in sorted(stream.open):
+            stream.put(Delta(request_id, index, "", finish_reason=reason, error=error))

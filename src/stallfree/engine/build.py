@@ -1,0 +1,192 @@
+"""From settings to a running engine: opens the model, loads it, lays out memory."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from stallfree.core.blocks import BlockPool
+from stallfree.core.budget import StaticBudget
+from stallfree.core.scheduler import Scheduler, SchedulerConfig
+from stallfree.engine.clock import WallClock
+from stallfree.engine.engine import Engine
+from stallfree.engine.facts import EngineFacts
+from stallfree.engine.memory import default_kv_cache_bytes
+from stallfree.engine.settings import EngineSettings, available_cpus
+from stallfree.engine.tokenizer import load_tokenizer
+from stallfree.errors import ConfigError
+from stallfree.executor.torch_executor import TorchExecutor
+from stallfree.model.config import ModelConfig
+from stallfree.model.decoder import Decoder
+from stallfree.model.kv_cache import KVCache
+from stallfree.model.source import ModelSource, open_model
+
+# By kind of device: the default token budget, and the rows that its matrix kernels round up to.
+TOKEN_BUDGETS = {"cpu": 64, "cuda": 512}
+TILE_TOKENS = {"cpu": 16, "cuda": 128}
+FALLBACK_BUDGET, FALLBACK_TILE = 256, 64
+
+
+def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
+    """Load the model and make an engine for it. Progress goes to stderr.
+
+    Raises:
+        ConfigError: the settings do not go together, or with this machine.
+        ModelError: the model cannot be used.
+    """
+    started = time.monotonic()
+    threads = settings.threads or available_cpus()
+    torch.set_num_threads(threads)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    source = open_model(settings.model, settings.revision)
+    config = ModelConfig.from_hf(source.hf_config)
+    tokenizer = load_tokenizer(source)
+    context = _context(settings, config)
+    decoder = _load(config, source, context, dtype, device, show_progress)
+    cache = _make_cache(settings, config, context, dtype, device)
+    pool = BlockPool(cache.num_blocks, cache.block_size)
+    max_model_len = min(context, pool.num_tokens)
+    scheduler = Scheduler(
+        SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
+        pool,
+        StaticBudget(
+            settings.token_budget or TOKEN_BUDGETS.get(device.type, FALLBACK_BUDGET),
+            TILE_TOKENS.get(device.type, FALLBACK_TILE),
+        ),
+    )
+    facts = EngineFacts(
+        model_name=source.name,
+        architecture=config.architecture,
+        vocab_size=config.vocab_size,
+        num_parameters=decoder.num_parameters,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=threads,
+        weight_bytes=decoder.num_parameters * dtype.itemsize,
+        kv_cache_bytes=pool.num_tokens * config.kv_values_per_token * dtype.itemsize,
+        kv_cache_tokens=pool.num_tokens,
+        block_size=pool.block_size,
+        scheduler=settings.scheduler,
+        token_budget=scheduler.budget.tokens(()) if scheduler.policy.keeps_budget else None,
+        tile_tokens=scheduler.budget.tile_tokens,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        load_s=time.monotonic() - started,
+    )
+    return Engine(
+        scheduler,
+        TorchExecutor(decoder, cache),
+        WallClock(),
+        tokenizer,
+        facts,
+        end_token_ids=frozenset(i for i in source.end_token_ids if i < config.vocab_size),
+        seed=settings.seed,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {error}") from error
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of weights and computation; half precision only where the device is native to it."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu" and dtype != torch.float32 and not _cpu_is_native(dtype):
+        raise ConfigError(
+            f"dtype {name} has no native arithmetic on this CPU and would be several times slower "
+            "than float32: use --dtype float32"
+        )
+    return dtype
+
+
+def _cpu_is_native(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_fp16_supported())
+
+
+def _context(settings: EngineSettings, config: ModelConfig) -> int:
+    """Longest context in tokens that the model gives and the settings ask for."""
+    if settings.max_model_len is None:
+        stretches = config.rope.rope_type == "dynamic"  # would change the answers to short prompts
+        return config.max_position_embeddings if stretches else config.max_context
+    if settings.max_model_len > config.max_context:
+        raise ConfigError(
+            f"max_model_len is {settings.max_model_len}; the model's longest context is "
+            f"{config.max_context} tokens"
+        )
+    return settings.max_model_len
+
+
+def _load(
+    config: ModelConfig,
+    source: ModelSource,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    show_progress: bool,
+) -> Decoder:
+    columns = (
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not show_progress) as bar:
+        task = bar.add_task(source.name, total=config.num_layers)
+        return Decoder(
+            config,
+            source.weights,
+            max_positions=context,
+            dtype=dtype,
+            device=device,
+            on_layer=lambda layer: bar.update(task, completed=layer + 1),
+        )
+
+
+def _make_cache(
+    settings: EngineSettings,
+    config: ModelConfig,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """The KV cache: as large as asked or a share of free memory, and no larger than of use."""
+    block_size = settings.block_size
+    block_bytes = block_size * config.kv_values_per_token * dtype.itemsize
+    memory = settings.kv_cache_memory_bytes or default_kv_cache_bytes(device)
+    num_blocks = memory // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory is {memory} bytes; one block of {block_size} tokens takes "
+            f"{block_bytes}: raise kv_cache_memory or lower block_size"
+        )
+    if settings.max_model_len is not None and num_blocks * block_size < context:
+        raise ConfigError(
+            f"max_model_len is {context}, but a KV cache of {memory} bytes holds "
+            f"{num_blocks * block_size} tokens: raise kv_cache_memory to at least "
+            f"{-(-context // block_size) * block_bytes} or lower max_model_len"
+        )
+    useful = settings.max_num_seqs * -(-context // block_size)
+    num_blocks = min(num_blocks, useful)
+    try:
+        return KVCache(config, num_blocks, block_size, dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"the KV cache of {num_blocks * block_bytes} bytes cannot be allocated: "
+            "lower kv_cache_memory"
+        ) from error

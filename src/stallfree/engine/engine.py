@@ -1,0 +1,218 @@
+"""The engine: the one loop that owns time and order.
+
+A step is three calls: schedule, execute, complete. With a model executor and the wall clock it
+serves; with a simulated executor and a clock that jumps it simulates. Single-threaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+
+from stallfree.core.batch import Batch, Chunk
+from stallfree.core.counter_random import mix
+from stallfree.core.request import FinishReason, Request
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.scheduler import Scheduler
+from stallfree.engine.clock import Clock
+from stallfree.engine.completion import Completion
+from stallfree.engine.facts import EngineFacts
+from stallfree.engine.outputs import Delta
+from stallfree.engine.tokenizer import Tokenizer
+from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError
+from stallfree.executor.output import Executor, ExecutorOutput
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests to their end, one iteration a step.
+
+    Args:
+        scheduler: decides each iteration.
+        executor: runs it.
+        clock: stamps arrivals.
+        tokenizer: turns tokens into text.
+        facts: what all this was built with.
+        end_token_ids: tokens that end an output.
+        seed: from which requests without a seed draw theirs.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock,
+        tokenizer: Tokenizer,
+        facts: EngineFacts,
+        *,
+        end_token_ids: frozenset[int] = frozenset(),
+        seed: int = 0,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.clock = clock
+        self.tokenizer = tokenizer
+        self.facts = facts
+        self.end_token_ids = end_token_ids
+        self._seed = seed
+        self._num_added = 0
+        self._completions: dict[str, Completion] = {}  # by the scheduler's request id
+        self._request_ids: dict[str, list[str]] = {}  # ours to the scheduler's
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model."""
+        return self.facts.model_name
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids from 0 up to this are accepted."""
+        return self.facts.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest context in tokens, prompt and output together."""
+        return self.scheduler.config.max_model_len
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether a step has anything to do."""
+        return self.scheduler.has_requests
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+        """Most output tokens that a request may have. Safe to call from any thread.
+
+        Raises:
+            InvalidRequestError: the request cannot be run; ContextLengthError if it is too long.
+        """
+        if not prompt_token_ids:
+            raise InvalidRequestError(
+                "the prompt is empty; it must have at least 1 token", "prompt"
+            )
+        self._check_ids("prompt", prompt_token_ids)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        num_prompt = len(prompt_token_ids)
+        longest = min(self.max_model_len, self.scheduler.pool.num_tokens + 1)
+        if num_prompt >= longest:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens; the context is {longest} tokens, of which "
+                "the output needs at least 1",
+                "prompt",
+            )
+        max_tokens = params.max_tokens or longest - num_prompt
+        if num_prompt + max_tokens > longest:
+            raise ContextLengthError(
+                f"max_tokens is {max_tokens} and the prompt has {num_prompt} tokens: together "
+                f"more than the context of {longest}; max_tokens can be {longest - num_prompt}",
+                "max_tokens",
+            )
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {params.min_tokens}; the context leaves {max_tokens}", "min_tokens"
+            )
+        return max_tokens
+
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        ids = list(token_ids)
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise InvalidRequestError(
+                f"{name} holds token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}", name
+            )
+
+    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue `params.n` completions of a prompt.
+
+        Raises:
+            InvalidRequestError: as `check`, or the id is in use.
+        """
+        max_tokens = self.check(prompt_token_ids, params)
+        if request_id in self._request_ids:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
+        self._num_added += 1
+        seed = params.seed if params.seed is not None else mix(self._seed, self._num_added)
+        now = self.clock.now()
+        ids = [f"{request_id}/{index}" for index in range(params.n)]
+        self._request_ids[request_id] = ids
+        for index, own_id in enumerate(ids):
+            own = params if index == 0 else dataclasses.replace(params, prompt_logprobs=None)
+            request = Request(
+                own_id,
+                prompt_token_ids,
+                own,
+                max_tokens=max_tokens,
+                end_token_ids=self.end_token_ids,
+                arrived_at=now,
+                seed=mix(seed, index),
+                group=request_id if params.n > 1 else None,
+            )
+            self._completions[own_id] = Completion(request_id, index, request, self.tokenizer)
+            self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End all completions of a request; unknown ids are ignored, as it may just have ended."""
+        for own_id in list(self._request_ids.get(request_id, ())):
+            self._finish(self._completions[own_id], FinishReason.ABORT)
+
+    def step(self) -> list[Delta]:
+        """Run one iteration and report what it added.
+
+        Raises:
+            EngineError: requests wait but none can run, which is a bug.
+        """
+        batch = self.scheduler.schedule(self.clock.now())
+        if batch is None:
+            if self.has_requests:
+                raise EngineError("no request can be scheduled: the scheduler is stuck")
+            return []
+        try:
+            output = self.executor.execute(batch)
+        except Exception as error:
+            logger.exception("an iteration of %d tokens failed", batch.num_tokens)
+            return self._fail(batch, error)
+        self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
+        return self._report(batch, output)
+
+    def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
+        for own_id, logprobs in output.prompt_logprobs.items():
+            chunk = next(c for c in batch.chunks if c.request.request_id == own_id)
+            self._completions[own_id].add_prompt_logprobs(chunk.start, logprobs)
+        deltas = []
+        for chunk, sample in zip(batch.sampling, output.samples, strict=True):
+            completion = self._completions.get(chunk.request.request_id)
+            if completion is None:  # aborted while it was in flight
+                continue
+            delta = completion.add(sample)
+            if delta.finish_reason is not None:
+                self._finish(completion, FinishReason.STOP)
+            deltas.append(delta)
+        return deltas
+
+    def _fail(self, batch: Batch, error: Exception) -> list[Delta]:
+        self.scheduler.fail(batch)
+        return [self._failure(chunk, error) for chunk in batch.chunks]
+
+    def _failure(self, chunk: Chunk, error: Exception) -> Delta:
+        completion = self._completions[chunk.request.request_id]
+        self._finish(completion, FinishReason.ERROR)
+        message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
+        return Delta(
+            completion.request_id,
+            completion.index,
+            "",
+            finish_reason=FinishReason.ERROR.value,
+            error=message,
+        )
+
+    def _finish(self, completion: Completion, reason: FinishReason) -> None:
+        """Forget a completion, and end its request if the scheduler has not."""
+        request = completion.request
+        self.scheduler.finish(request, reason)
+        del self._completions[request.request_id]
+        siblings = self._request_ids[completion.request_id]
+        siblings.remove(request.request_id)
+        if not siblings:
+            del self._request_ids[completion.request_id]

@@ -1,0 +1,38 @@
+"""What an engine was built with, for people to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """The engine's model, memory and scheduling.
+
+    Attributes:
+        vocab_size: token ids from 0 up to this are accepted.
+        weight_bytes, kv_cache_bytes: memory taken.
+        kv_cache_tokens: tokens that the KV cache holds.
+        token_budget: most tokens of an iteration, or None if the scheduler keeps no budget.
+        tile_tokens: what prefill chunks are cut to.
+        max_model_len: longest context in tokens.
+        load_s: seconds that loading took.
+    """
+
+    model_name: str
+    architecture: str
+    vocab_size: int
+    num_parameters: int
+    dtype: str
+    device: str
+    threads: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    block_size: int
+    scheduler: str
+    token_budget: int | None
+    tile_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    load_s: float

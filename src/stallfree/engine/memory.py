@@ -1,0 +1,48 @@
+"""How much memory is free, and how much of it the KV cache takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+CPU_SHARE = 0.25  # of the memory that is free once the weights are loaded
+GPU_SHARE = 0.85
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def default_kv_cache_bytes(device: torch.device) -> int:
+    """A share of what is free on `device`: a quarter on a CPU, which others use too."""
+    share = CPU_SHARE if device.type == "cpu" else GPU_SHARE
+    return int(share * free_bytes(device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on `device`, within the limit of a container."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    free = _system_free_bytes()
+    limit = _read_number(_CGROUP / "memory.max")
+    used = _read_number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _system_free_bytes() -> int:
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return None

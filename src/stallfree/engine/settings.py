@@ -1,0 +1,230 @@
+"""The settings of an engine and of a server: validated once, never changed.
+
+The command line and the configuration file are generated from these dataclasses, so a new setting
+is one new field here. Nothing here knows how a setting is used, nor imports anything that would
+slow `--help` down.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from stallfree.core.policies import POLICIES
+from stallfree.engine.flags import Flag, check_types, parse_bytes
+from stallfree.errors import ConfigError
+
+API_KEY_VARIABLE = "STALLFREE_API_KEY"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_BLOCK_SIZE = 256
+MAX_PORT = 65_535
+MAX_SEED = 2**63 - 1
+
+_DEVICE = re.compile(r"[a-z]+(:\d+)?")
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine is built from.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range; names it and the limit.
+    """
+
+    model: Annotated[
+        str | None,
+        Flag(
+            "A Hugging Face folder, a GGUF file, a hub id (org/name), or a file of one "
+            "(org/name:FILE.gguf).",
+            "MODEL",
+            unset="the demo model",
+            positional=True,
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Flag("Branch, tag or commit of a hub id.", "REVISION", unset="the main branch"),
+    ] = None
+    scheduler: Annotated[
+        str,
+        Flag(f"How requests are batched: {', '.join(POLICIES)}.", "NAME", panel="Scheduling"),
+    ] = "sarathi"
+    token_budget: Annotated[
+        int | None,
+        Flag(
+            "Most tokens an iteration holds, decodes first: smaller keeps the time between "
+            "tokens shorter, larger reads prompts faster.",
+            "TOKENS",
+            unset="chosen for the device",
+            panel="Scheduling",
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int,
+        Flag("Most requests that run at once; the others wait.", "REQUESTS", panel="Scheduling"),
+    ] = 128
+    max_model_len: Annotated[
+        int | None,
+        Flag(
+            "Longest context, prompt and answer together.",
+            "TOKENS",
+            unset="what the model and the KV cache allow",
+            panel="Scheduling",
+        ),
+    ] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        Flag(
+            "Memory of the KV cache: 2GiB, 512MiB, 1.5GB or plain bytes.",
+            "BYTES",
+            name="kv_cache_memory",
+            unset="a share of the free memory",
+            parse=parse_bytes,
+            panel="Memory",
+        ),
+    ] = None
+    block_size: Annotated[
+        int,
+        Flag("Tokens in a block of the KV cache.", "TOKENS", panel="Memory"),
+    ] = 16
+    dtype: Annotated[
+        str,
+        Flag(f"Type of weights and KV cache: {', '.join(DTYPES)}.", "DTYPE", panel="Memory"),
+    ] = "auto"
+    device: Annotated[
+        str,
+        Flag("Where the model runs: auto, cpu, cuda, cuda:1, ...", "DEVICE"),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Flag("CPU threads of the model.", "THREADS", unset="one for each core"),
+    ] = None
+    seed: Annotated[
+        int,
+        Flag("Seeds the requests that bring no seed of their own.", "SEED"),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.model is not None and not self.model.strip():
+            raise ConfigError("model is empty; leave it out to use the demo model")
+        if self.revision is not None and self.model is None:
+            raise ConfigError(f"revision is {self.revision!r}, but no model is named")
+        _check_choice("scheduler", self.scheduler, tuple(POLICIES))
+        _check_choice("dtype", self.dtype, DTYPES)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device is {self.device!r}; write it as auto, cpu, cuda or cuda:1")
+        _check_range("token_budget", self.token_budget, 1)
+        _check_range("max_num_seqs", self.max_num_seqs, 1)
+        _check_range("max_model_len", self.max_model_len, 2)
+        _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        _check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        _check_range("threads", self.threads, 1)
+        _check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is allowed but probably not meant, one sentence each."""
+        cpus = available_cpus()
+        if self.threads is not None and self.threads > cpus:
+            return (f"threads is {self.threads}, more than the {cpus} CPUs here: expect it slower",)
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the HTTP server needs beside an engine.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range; names it and the limit.
+    """
+
+    host: Annotated[
+        str,
+        Flag(
+            "Address to listen on; 0.0.0.0 for every network this machine is in.",
+            "ADDRESS",
+            panel="Server",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Flag("Port to listen on; 0 takes a free one.", "PORT", panel="Server"),
+    ] = 8000
+    api_key: Annotated[
+        str | None,
+        Flag(
+            "Key that requests must carry as a bearer token. Prefer the environment variable: "
+            "a command line is visible to other users.",
+            "KEY",
+            unset="no key",
+            variable=API_KEY_VARIABLE,
+            panel="Server",
+        ),
+    ] = field(default=None, repr=False)
+    served_model_name: Annotated[
+        str | None,
+        Flag(
+            "Name of the model in requests and answers.",
+            "NAME",
+            unset="the model's own",
+            panel="Server",
+        ),
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        Flag(
+            "Jinja file that turns messages into a prompt.",
+            "FILE",
+            unset="the model's own",
+            panel="Server",
+        ),
+    ] = None
+    drain_timeout_s: Annotated[
+        float,
+        Flag(
+            "How long running requests may go on after Ctrl-C or SIGTERM.",
+            "SECONDS",
+            name="drain_timeout",
+            panel="Server",
+        ),
+    ] = 30.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.host.strip():
+            raise ConfigError("host is empty; 127.0.0.1 is this machine only")
+        _check_range("port", self.port, 0, MAX_PORT)
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise ConfigError("api_key must be ASCII and not blank; leave it out to need none")
+        if self.served_model_name is not None and not self.served_model_name.strip():
+            raise ConfigError("served_model_name is empty; leave it out to use the model's own")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise ConfigError(f"chat_template is {self.chat_template}; there is no such file")
+        _check_range("drain_timeout_s", self.drain_timeout_s, 0)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _check_range(name: str, value: float | None, low: float, high: float | None = None) -> None:
+    if value is None:
+        return
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or value < low or (high is not None and value > high):
+        limit = f"finite and at least {low}" if not finite else f"at least {low}"
+        limit += "" if high is None else f" and at most {high}"
+        raise ConfigError(f"{name} is {value}; it must be {limit}")

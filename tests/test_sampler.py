@@ -1,0 +1,152 @@
+"""The sampler: cuts, penalties, and random numbers that no neighbour changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.errors import ExecutorError
+from stallfree.model.sampler import SamplerRow, likeliest, sample
+
+VOCAB = 40
+
+
+def row(
+    seed: int = 0,
+    prompt: tuple[int, ...] = (),
+    output: tuple[int, ...] = (),
+    end: frozenset[int] = frozenset(),
+    **params: Any,
+) -> SamplerRow:
+    return SamplerRow(SamplingParams(**params), seed, prompt, output, end)
+
+
+def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def draws(logits: torch.Tensor, count: int, **params: Any) -> Counter[int]:
+    rows = [row(seed=seed, **params) for seed in range(count)]
+    return Counter(sample(logits.repeat(count, 1), rows))
+
+
+def test_temperature_zero_is_greedy() -> None:
+    logits = logits_of(0, rows=5)
+    rows = [row(temperature=0, top_p=0.5, seed=seed) for seed in range(5)]
+    assert sample(logits.clone(), rows) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("cut", [{}, {"top_k": VOCAB - 1, "min_p": 0.0}])
+def test_draws_follow_the_distribution(temperature: float, cut: dict[str, Any]) -> None:
+    logits = logits_of(1)
+    count = 20_000
+    expected = torch.softmax(logits[0] / temperature, dim=-1)
+    actual = draws(logits, count, temperature=temperature, **cut)
+    for token in range(VOCAB):
+        deviation = (float(expected[token]) * (1 - float(expected[token])) / count) ** 0.5
+        assert abs(actual[token] / count - float(expected[token])) < 5 * deviation + 1e-4
+
+
+def kept_tokens(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The tokens that may be drawn, one by one, by the definition."""
+    probs = torch.softmax(logits.double(), dim=-1)
+    order = probs.argsort(descending=True).tolist()[: top_k or None]
+    total = float(sum(probs[token] for token in order))
+    kept, mass = set(), 0.0
+    for token in order:
+        if mass >= top_p * total or probs[token] < min_p * probs[order[0]]:
+            break
+        kept.add(token)
+        mass += float(probs[token])
+    return kept
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    top_k=st.integers(0, 10),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.sampled_from([0.0, 0.03, 0.2]),
+    vocab=st.sampled_from([40, 5000]),
+)
+def test_cuts_keep_what_they_say(
+    seed: int, top_k: int, top_p: float, min_p: float, vocab: int
+) -> None:
+    logits = logits_of(seed, vocab=vocab)
+    allowed = kept_tokens(logits[0], top_k, top_p, min_p)
+    drawn = draws(logits, 200, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert set(drawn) <= allowed
+    if len(allowed) <= 3:
+        assert int(logits.argmax()) in drawn
+
+
+def test_a_top_k_beyond_the_first_sort_width_still_cuts_by_top_p_of_its_mass() -> None:
+    logits = -1e-4 * torch.arange(6000, dtype=torch.float32)[None]
+    drawn = draws(logits, 1000, top_k=1000, top_p=0.5)
+    allowed = kept_tokens(logits[0], 1000, 0.5, 0)
+    assert 450 < len(allowed) < 500
+    assert set(drawn) <= allowed
+    assert max(drawn) > 400  # and not only the tokens of the first sort
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 2**63), min_size=1, max_size=6), st.integers(0, 5))
+def test_a_seed_draws_the_same_beside_any_neighbours(seeds: list[int], position: int) -> None:
+    logits = logits_of(3)
+    own = row(seed=42, output=(1,) * position, top_p=0.9)
+    alone = sample(logits.clone(), [own])
+    others = [row(seed=seed, temperature=1.5, top_k=seed % 7) for seed in seeds]
+    together = sample(
+        torch.cat([logits_of(seed % 99) for seed in seeds] + [logits]), [*others, own]
+    )
+    assert together[-1:] == alone
+
+
+def test_successive_tokens_use_new_numbers() -> None:
+    flat = torch.zeros(1, VOCAB)
+    tokens = [sample(flat.clone(), [row(seed=1, output=(0,) * n)])[0] for n in range(50)]
+    assert len(set(tokens)) > 20
+
+
+def test_penalties() -> None:
+    def adjusted(**given: Any) -> torch.Tensor:
+        logits = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+        sample(logits, [row(temperature=0, **given)])
+        return logits[0]
+
+    seen = {"prompt": (0,), "output": (1, 1, 2)}
+    assert adjusted(repetition_penalty=2.0, **seen).tolist() == [0.5, 1.0, -2.0, 0.5]
+    assert adjusted(presence_penalty=0.5, **seen).tolist() == [1.0, 1.5, -1.5, 0.5]
+    assert adjusted(frequency_penalty=0.5, **seen).tolist() == [1.0, 1.0, -1.5, 0.5]
+    assert adjusted(logit_bias={3: 10.0, 0: -1.0}).tolist() == [0.0, 2.0, -1.0, 10.5]
+
+
+def test_end_tokens_wait_for_min_tokens() -> None:
+    logits = torch.tensor([[0.0, 9.0, 8.0, 1.0]])
+    given = {"end": frozenset({1}), "stop_token_ids": (2,), "temperature": 0, "max_tokens": 9}
+    assert sample(logits.clone(), [row(min_tokens=2, output=(0,), **given)]) == [3]
+    assert sample(logits.clone(), [row(min_tokens=1, output=(0,), **given)]) == [1]
+    ignoring = row(min_tokens=2, output=(0,), ignore_eos=True, **given)
+    assert sample(logits.clone(), [ignoring]) == [1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_are_an_error(bad: float) -> None:
+    logits = logits_of(0, rows=2)
+    logits[1, 3] = bad
+    with pytest.raises(ExecutorError, match="not finite"):
+        sample(logits, [row(), row()])
+
+
+def test_likeliest() -> None:
+    values = torch.tensor([-3.0, -1.0, -2.0])
+    assert likeliest(values, 2) == ((1, -1.0), (2, -2.0))
+    assert likeliest(values, 0) == ()
+    assert len(likeliest(values, 20)) == 3
