@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from stallfree.core.blocks import BlockPool, IntegrityError, OutOfBlocksError
 from stallfree.core.budget import StaticBudget
 from stallfree.core.counter_random import mix, uniform
-from stallfree.core.policies import POLICIES, Candidate, View
+from stallfree.core.policies import POLICIES, Candidate, RequestView, View
 from stallfree.core.request import (
     TRANSITIONS,
     FinishReason,
@@ -194,7 +194,7 @@ def view(
     tile: int = 1,
     decodes_ran_last: bool = False,
 ) -> View:
-    running = (*(_Decode() for _ in range(decodes)), *(_Prefill(n) for n in prefills))
+    running: tuple[RequestView, ...] = (*(_Decode() for _ in range(decodes)), *(_Prefill(n) for n in prefills))
     return View(
         running=running,
         waiting=[Candidate(_Prefill(n), n, 1) for n in waiting],

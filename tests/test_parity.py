@@ -94,7 +94,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
     return load(tmp_path_factory.mktemp("model"), request.param)
 
 
@@ -192,9 +194,7 @@ def test_dynamic_rope_is_settled_for_the_longest_context(tmp_path: Path) -> None
 
 def test_long_chunks_are_cut_into_spans(tmp_path: Path) -> None:
     reference = load(tmp_path, "mistral")
-    decoder = Decoder(
-        reference.decoder.config, SafetensorsWeights(tmp_path), max_positions=1200
-    )
+    decoder = Decoder(reference.decoder.config, SafetensorsWeights(tmp_path), max_positions=1200)
     tokens = [random.Random(2).randrange(320) for _ in range(1200)]
     with torch.inference_mode():
         expected = reference.model(torch.tensor([tokens])).logits[0]

@@ -1,0 +1,56 @@
+"""The demo model against transformers reading the same file: 20 prompts, greedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stallfree import LLM, SamplingParams
+from stallfree.model.demo import assemble
+
+NUM_TOKENS = 24
+PROMPTS = [
+    "def fibonacci(n):",
+    "import numpy as np\n\ndef softmax(x):",
+    "SELECT name, COUNT(*) FROM",
+    "The capital of France is",
+    "Once upon a time, in a land far away,",
+    "#include <stdio.h>\n\nint main(",
+    "class Stack:\n    def __init__(self):",
+    "Explain what a KV cache is:",
+    "Die Hauptstadt von Österreich ist",
+    "用一句话解释什么是递归:",
+    "for i in range(10):\n    print(",
+    "A list comprehension in Python",
+    "function debounce(callback, delay) {",
+    "1, 1, 2, 3, 5, 8,",
+    "fn main() {\n    let mut total =",
+    "The quick brown fox",
+    "Q: What is 17 * 3?\nA:",
+    "README\n\n# Installation\n\n",
+    "try:\n    value = int(text)\nexcept",
+    "x" * 300,
+]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers() -> None:
+    llm = LLM(dtype="float32", kv_cache_memory_bytes=1 << 28, token_budget=48)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params, use_progress_bar=False)
+    del llm
+    file = assemble()
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.repetition_penalty = 1.0
+    for output in outputs:
+        ids = torch.tensor([output.prompt_token_ids])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False
+        )
+        assert list(output.outputs[0].token_ids) == expected[0, ids.shape[1] :].tolist()
