@@ -181,7 +181,7 @@ class Run:
             )
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(setup=setups, arrivals=st.integers(1, 14))
 def test_invariants_hold_over_random_schedules(setup: Setup, arrivals: int) -> None:
     run = Run(setup) if fits(setup) else None

@@ -1,1 +1,24 @@
 """stallfree: an LLM server that never pauses a running answer (Sarathi-Serve, OSDI'24)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stallfree.core.sampling_params import SamplingParams
+    from stallfree.engine.llm import LLM
+
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: the command line needs no torch."""
+    if name == "LLM":
+        from stallfree.engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from stallfree.core.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

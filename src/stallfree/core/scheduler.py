@@ -274,7 +274,8 @@ class Scheduler:
             if not 1 <= num_tokens <= request.num_tokens - start:
                 raise PolicyError(f"{num_tokens} tokens proposed of {request}")
             samples = start + num_tokens == request.num_tokens
-            chunks.append(Chunk(request, start, num_tokens, samples, request.is_decode))
+            is_decode = request.num_output_tokens > 0 and start == request.num_tokens - 1
+            chunks.append(Chunk(request, start, num_tokens, samples, is_decode))
         if len({id(chunk.request) for chunk in chunks}) < len(chunks):
             raise PolicyError("a request was proposed twice")
         batch = Batch(tuple(chunks))

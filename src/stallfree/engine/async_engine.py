@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.engine import Engine
@@ -95,7 +95,7 @@ class AsyncEngine:
 
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Run a request; closing the iterator aborts it within one iteration.
 
         Yields:

@@ -16,7 +16,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.memory import default_kv_cache_bytes
 from stallfree.engine.settings import EngineSettings, available_cpus
-from stallfree.engine.tokenizer import load_tokenizer
+from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
@@ -83,9 +83,16 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         WallClock(),
         tokenizer,
         facts,
-        end_token_ids=frozenset(i for i in source.end_token_ids if i < config.vocab_size),
+        end_token_ids=_end_token_ids(source, tokenizer, config),
         seed=settings.seed,
     )
+
+
+def _end_token_ids(
+    source: ModelSource, tokenizer: Tokenizer, config: ModelConfig
+) -> frozenset[int]:
+    ids = source.end_token_ids | {tokenizer.eos_token_id}
+    return frozenset(i for i in ids if i is not None and i < config.vocab_size)
 
 
 def _device(name: str) -> torch.device:

@@ -86,7 +86,7 @@ class Setting:
         """
         if isinstance(value, str):
             if self.flag.parse:
-                value = self.flag.parse(value)
+                value = self._parse(self.flag.parse, value)
             elif self.type is Path:
                 value = Path(value)
             elif self.type is tuple:
@@ -95,6 +95,12 @@ class Setting:
             value = tuple(value)
         self.check(value)
         return value
+
+    def _parse(self, parse: Callable[[str], object], text: str) -> object:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
 
     def check(self, value: object) -> None:
         """Check that a value has the field's type.

@@ -16,7 +16,7 @@ from stallfree.model.attention import Span, attend
 from stallfree.model.config import ModelConfig
 from stallfree.model.kv_cache import KVCache
 from stallfree.model.linear import Linear, make_linear
-from stallfree.model.rope import apply_rope, rope_table
+from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weights import WeightSource
 
 
@@ -57,7 +57,7 @@ class Decoder:
     Args:
         config: its shape.
         weights: read one tensor at a time, so that nothing is in memory twice.
-        max_positions: longest context in tokens.
+        max_positions: longest context in tokens, for rope scalings that depend on it.
         dtype, device: of the weights and the computation.
         on_layer: called with the index of each layer once it is loaded, for progress.
 
@@ -80,7 +80,7 @@ class Decoder:
         self.device = torch.device(device)
         self.num_parameters = 0
         self._weights = weights
-        self._rope = rope_table(config, max_positions).to(device=device, dtype=dtype)
+        self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = self._tensor("model.embed_tokens.weight", shape)
         self._layers = []
@@ -151,9 +151,9 @@ class Decoder:
             The last hidden states (T, hidden), for `logits`.
         """
         hidden = F.embedding(batch.token_ids, self._embedding)  # (T, hidden)
-        table = self._rope[batch.positions]  # (T, 2, D)
+        angles = self._rope.at(batch.positions, self.dtype)
         for index, layer in enumerate(self._layers):
-            attended = self._attention(index, layer, hidden, table, batch, cache)
+            attended = self._attention(index, layer, hidden, angles, batch, cache)
             hidden = hidden + layer.output(attended)
             gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
@@ -164,7 +164,7 @@ class Decoder:
         index: int,
         layer: _Layer,
         hidden: torch.Tensor,
-        table: torch.Tensor,
+        angles: torch.Tensor,
         batch: ModelInput,
         cache: KVCache,
     ) -> torch.Tensor:
@@ -175,9 +175,9 @@ class Decoder:
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
-        cache.write(index, batch.slots, apply_rope(k, table), v)
+        cache.write(index, batch.slots, apply_rope(k, angles), v)
         spans = batch.spans[config.sliding_windows[index]]
-        return attend(apply_rope(q, table), cache, index, spans).flatten(1)
+        return attend(apply_rope(q, angles), cache, index, spans).flatten(1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""

@@ -13,16 +13,30 @@ import torch
 from stallfree.model.config import ModelConfig, RopeConfig
 
 
-def rope_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
-    """Cosines and sines of every position.
+class Rope:
+    """The angles of a model.
 
-    Returns:
-        float32 (max_positions, 2, D): cosines, then sines, each half of a head repeated.
+    Args:
+        config: the model's shape and rope scaling.
+        max_positions: longest context in tokens; only dynamic scaling asks for it.
+        device: where angles are computed.
     """
-    frequencies, scale = inverse_frequencies(config, max_positions)
-    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)  # (P, D)
-    return torch.stack((angles.cos() * scale, angles.sin() * scale), dim=1)
+
+    def __init__(
+        self, config: ModelConfig, max_positions: int, device: torch.device | str = "cpu"
+    ) -> None:
+        frequencies, self._scale = inverse_frequencies(config, max_positions)
+        self._frequencies = frequencies.to(device)
+
+    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Cosines and sines of `positions` int64 (T,).
+
+        Returns:
+            (T, 2, D): cosines, then sines, each half of a head repeated.
+        """
+        angles = positions.float()[:, None] * self._frequencies  # (T, D / 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (torch.stack((angles.cos(), angles.sin()), dim=1) * self._scale).to(dtype)
 
 
 def inverse_frequencies(config: ModelConfig, max_positions: int) -> tuple[torch.Tensor, float]:
@@ -99,8 +113,8 @@ def _yarn_scale(rope: RopeConfig) -> float:
     return scale(weight) / scale(weight_all) if weight and weight_all else scale(1.0)
 
 
-def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate the heads `x` (T, H, D) by the rows `table` (T, 2, D) of their positions."""
-    cos, sin = table[:, None, 0], table[:, None, 1]  # (T, 1, D)
+def apply_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate the heads `x` (T, H, D) by `angles` (T, 2, D), as `Rope.at` gives them."""
+    cos, sin = angles[:, None, 0], angles[:, None, 1]  # (T, 1, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -7,6 +7,7 @@ loaded, because loading one runs whatever code it holds. What the tensors are fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from stallfree.errors import ModelError, WeightFileError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -88,10 +90,10 @@ class SafetensorsWeights:
         if not isinstance(shard_of, dict) or not shard_of:
             raise WeightFileError(f"{path} has no weight_map")
         for name, file in shard_of.items():
-            if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
+            if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
                 raise WeightFileError(
                     f"{path} places {name} in {file!r:.200}; "
-                    f"weights are only read from files directly in {self._folder}"
+                    f"weights are only read from safetensors files directly in {self._folder}"
                 )
         return shard_of
 

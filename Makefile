@@ -1,0 +1,49 @@
+# Everything runs in .venv, which `make setup` creates and keeps up to date.
+
+PYTHON ?= python3
+# Which PyTorch, and where it is looked for if pip as configured does not find it.
+ifeq ($(shell uname -s),Darwin)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch==2.13.0+cpu
+endif
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# `make serve PORT=9000 ARGS="--scheduler vllm"`, `make test ARGS="-k cli"`
+PORT ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help setup serve test check
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  Variables: PORT=9000, ARGS="--scheduler vllm", PYTHON=python3.12, TORCH=torch==2.13.0'
+
+setup: $(READY)  ## Create .venv with everything: the demo model and the test tools too
+
+serve: setup  ## Serve the demo model; PORT= and ARGS= are passed on
+	@$(BIN)/stallfree serve $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: setup  ## Run every test that a clean machine can run; ARGS= is passed to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## Lint, formatting, strict types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_repository.py
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "stallfree needs Python 3.11 or later; $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1). Name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "Installing $(TORCH)"
+	@$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@echo "Installing stallfree, the demo model (0.5 GB) and the test tools"
+	@$(PIP) --editable '.[demo,bench,test]'
+	@touch $@

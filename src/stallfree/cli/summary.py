@@ -1,0 +1,83 @@
+"""What `stallfree serve` says when it is ready: a few lines about the engine, and one to paste.
+
+It knows the facts it is given, not how they came about.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from rich.console import Console
+from rich.markup import escape
+
+from stallfree.engine.facts import EngineFacts
+from stallfree.engine.settings import API_KEY_VARIABLE, EngineSettings, ServerSettings
+
+
+def print_summary(
+    console: Console, facts: EngineFacts, engine: EngineSettings, server: ServerSettings, url: str
+) -> None:
+    """Print the summary of a server that is ready at `url`."""
+    console.print(f"\n[bold]stallfree[/] serves [bold]{escape(facts.model_name)}[/]\n")
+    for label, text in _rows(facts, url).items():
+        console.print(f"  [cyan]{label:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
+    for note in engine.notes:
+        console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
+    key = f" (${API_KEY_VARIABLE} holds the key)" if server.api_key else ""
+    console.print(f"\nTry it{key}:\n", highlight=False)
+    console.print(
+        curl_line(url, server.served_model_name or facts.model_name, server.api_key is not None),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print("\nCtrl-C drains and stops.\n", highlight=False)
+
+
+def curl_line(url: str, model: str, has_key: bool) -> str:
+    """A command that asks the server at `url` a question; it never holds the key itself."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Write a Python function that adds two numbers."}],
+        "max_tokens": 100,
+    }
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if has_key else ""
+    address = shlex.quote(f"{url}/v1/chat/completions")
+    data = shlex.quote(json.dumps(body))
+    return f"curl {address} -H 'Content-Type: application/json'{key} -d {data}"
+
+
+def _rows(facts: EngineFacts, url: str) -> dict[str, str]:
+    parameters = _count(facts.num_parameters)
+    weights = f"weights {_size(facts.weight_bytes)}"
+    cache = f"KV cache {_size(facts.kv_cache_bytes)} = {facts.kv_cache_tokens:,} tokens"
+    threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
+    batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"
+    return {
+        "Model": f"{facts.architecture}, {parameters} parameters, {facts.dtype}",
+        "Memory": f"{weights}, {cache} in blocks of {facts.block_size}",
+        "Batching": batching,
+        "Context": f"{facts.max_model_len:,} tokens",
+        "Device": f"{facts.device}, {threads}; loaded in {facts.load_s:.1f} s",
+        "URL": f"{url}/v1",
+    }
+
+
+def _budget(facts: EngineFacts) -> str:
+    if facts.token_budget is None:
+        return "whole prompts"
+    tiles = f" (tiles of {facts.tile_tokens})" if facts.tile_tokens > 1 else ""
+    return f"at most {facts.token_budget:,} tokens an iteration{tiles}"
+
+
+def _size(size_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if size_bytes >= 2**30 else (2**20, "MiB")
+    return f"{size_bytes / unit:.3g} {name}"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)

@@ -1,0 +1,92 @@
+"""`/v1/chat/completions`: from a request body to a response, whole or streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from stallfree.engine.outputs import Delta
+from stallfree.server.body import read_object
+from stallfree.server.generation import Job, Outcome, collect, stream
+from stallfree.server.logprobs import chat_logprobs
+from stallfree.server.protocol import ChatRequest, parse
+from stallfree.server.service import Service
+from stallfree.server.sse import DONE, EventStream, event, while_connected
+
+
+async def create_chat_completion(request: Request) -> Response:
+    """Answer the last message of a chat."""
+    service: Service = request.app.state.service
+    service.check_ready()
+    body = parse(ChatRequest, await read_object(request))
+    service.check_model(body.model)
+    params = body.params()
+    prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
+    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [prompt], params)
+    await service.check(job.prompts, params, source="messages")
+    if body.stream:
+        return EventStream(_events(service, job, body.include_usage))
+    outcome = await while_connected(request.receive, collect(service.engine, job))
+    return JSONResponse(_whole(service, job, outcome))
+
+
+def _whole(service: Service, job: Job, outcome: Outcome) -> dict[str, Any]:
+    asked = job.params.logprobs is not None
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": chat_logprobs(service.tokenizer, choice.logprobs if asked else None),
+            "finish_reason": choice.finish_reason,
+        }
+        for index, choice in enumerate(outcome.choices)
+    ]
+    return {
+        **_head(service, job, "chat.completion"),
+        "choices": choices,
+        "usage": job.usage(outcome.num_output_tokens),
+    }
+
+
+async def _events(service: Service, job: Job, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    head = _head(service, job, "chat.completion.chunk")
+    usage: dict[str, None] = {"usage": None} if include_usage else {}
+    begun: set[int] = set()
+    num_output_tokens = 0
+    async with aclosing(stream(service.engine, job)) as deltas:
+        async for index, delta in deltas:
+            num_output_tokens += len(delta.token_ids)
+            if delta.text or delta.logprobs or delta.finish_reason:
+                entry = _entry(service, index, delta, is_first=index not in begun)
+                begun.add(index)
+                yield event({**head, "choices": [entry], **usage})
+    if include_usage:
+        yield event({**head, "choices": [], "usage": job.usage(num_output_tokens)})
+    yield DONE
+
+
+def _entry(service: Service, index: int, delta: Delta, *, is_first: bool) -> dict[str, Any]:
+    message = {"role": "assistant", "content": delta.text} if is_first else {}
+    if delta.text:
+        message["content"] = delta.text
+    return {
+        "index": index,
+        "delta": message,
+        "logprobs": chat_logprobs(service.tokenizer, delta.logprobs),
+        "finish_reason": delta.finish_reason,
+    }
+
+
+def _head(service: Service, job: Job, kind: str) -> dict[str, Any]:
+    return {
+        "id": job.request_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.model_name,
+    }

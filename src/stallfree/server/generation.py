@@ -1,0 +1,133 @@
+"""Running the prompts of one HTTP request together, and putting their output in order.
+
+A choice is one completion of one prompt: choice `prompt_index * n + i` is completion i of it.
+Knows nothing of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.engine.async_engine import AsyncEngine
+from stallfree.engine.outputs import Delta
+from stallfree.errors import EngineStoppedError, ExecutorError
+from stallfree.executor.output import PositionLogprobs
+from stallfree.server.service import Prompt
+
+PromptLogprobs = tuple[PositionLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request that is ready to run."""
+
+    request_id: str
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+
+    @property
+    def num_choices(self) -> int:
+        """Completions in all."""
+        return len(self.prompts) * self.params.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt that `choice` completes."""
+        return self.prompts[choice // self.params.n]
+
+    def usage(self, num_output_tokens: int) -> dict[str, int]:
+        """OpenAI's count of tokens."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": self.num_prompt_tokens + num_output_tokens,
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """A whole completion."""
+
+    text: str = ""
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The whole output of a job; `prompt_logprobs` has an entry for each prompt, if asked for."""
+
+    choices: list[Choice]
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    num_output_tokens: int = 0
+
+
+async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Run a job; yields its deltas as they come, each with its choice.
+
+    Closing the generator aborts all of it.
+
+    Raises:
+        InvalidRequestError: before the first delta, the engine refuses a prompt.
+        EngineStoppedError: the engine takes no requests, or ended this one.
+        ExecutorError: an iteration failed.
+    """
+    queue: asyncio.Queue[tuple[int, Delta] | asyncio.Task[None]] = asyncio.Queue()
+
+    async def run(index: int, prompt: Prompt) -> None:
+        request_id = f"{job.request_id}-{index}"
+        deltas = engine.generate(request_id, prompt.token_ids, job.params)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                queue.put_nowait((index * job.params.n + delta.index, _checked(delta)))
+
+    tasks = [asyncio.create_task(run(index, prompt)) for index, prompt in enumerate(job.prompts)]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def collect(engine: AsyncEngine, job: Job) -> Outcome:
+    """Run a job to its end; raises as `stream` does."""
+    outcome = Outcome([Choice() for _ in range(job.num_choices)])
+    texts: list[list[str]] = [[] for _ in outcome.choices]
+    async with aclosing(stream(engine, job)) as deltas:
+        async for index, delta in deltas:
+            choice = outcome.choices[index]
+            texts[index].append(delta.text)
+            choice.logprobs += delta.logprobs or ()
+            choice.finish_reason = delta.finish_reason
+            outcome.num_output_tokens += len(delta.token_ids)
+            if delta.prompt_logprobs is not None:
+                outcome.prompt_logprobs[index // job.params.n] = delta.prompt_logprobs
+    for choice, text in zip(outcome.choices, texts, strict=True):
+        choice.text = "".join(text)
+    return outcome
+
+
+def _checked(delta: Delta) -> Delta:
+    if delta.finish_reason == "error":
+        raise ExecutorError(delta.error)
+    if delta.finish_reason == "abort":
+        raise EngineStoppedError(delta.error)
+    return delta

@@ -1,0 +1,159 @@
+"""From a bound port to an exit code: start, drain on a signal, end when the engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from stallfree.engine.settings import ServerSettings
+from stallfree.errors import ConfigError
+from stallfree.server.service import Service
+
+KEEP_ALIVE_S = 75
+LAST_WRITES_S = 5  # how long clients may take to read what is finished
+SWITCH_INTERVAL_S = 0.0005
+
+logger = logging.getLogger("stallfree.server")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the port is taken or not allowed, or the host is not an address of this
+            machine.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        match error.errno:
+            case errno.EADDRINUSE:
+                reason = f"port {port} on {host} is in use; choose another with --port"
+            case errno.EACCES:
+                reason = f"port {port} needs more rights than this user has; choose one above 1023"
+            case _:
+                reason = f"cannot listen on {host}, port {port}: {error.strerror or error}"
+    raise ConfigError(reason)
+
+
+def url_of(listener: socket.socket) -> str:
+    """A URL at which this machine reaches `listener`."""
+    host, port = listener.getsockname()[:2]
+    if listener.family == socket.AF_INET6:
+        return f"http://[{'::1' if host == '::' else host}]:{port}"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+class ApiServer(uvicorn.Server):
+    """Serves an app until a signal, `shut_down` or the death of the engine.
+
+    The first signal drains: requests are refused, those that run may finish within
+    `drain_timeout_s`. The second ends at once.
+
+    Args:
+        app: the application, whose lifespan starts and stops the engine.
+        service: what the app serves.
+        settings: of the server.
+        on_ready: called with the URL once requests are answered.
+
+    Attributes:
+        exit_code: of the process, once `run` has returned.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        settings: ServerSettings,
+        on_ready: Callable[[str], None],
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=LAST_WRITES_S,
+        )
+        super().__init__(config)
+        self.exit_code = 0
+        self._service = service
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._on_ready = on_ready
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        service.engine.on_death = lambda _: self._post(self._engine_died)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen; called by uvicorn.
+
+        Tunes this process for even latency: threads that hold the interpreter let go of it sooner,
+        and what is loaded by now is never searched for garbage, which stops all threads.
+        """
+        self._loop = asyncio.get_running_loop()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.freeze()
+        await super().startup(sockets)
+        if self.started and sockets:
+            self._on_ready(url_of(sockets[0]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Take a signal; called by uvicorn, between any two instructions of the main thread."""
+        if self._loop is None:  # nothing has started
+            self.should_exit = True
+        self._post(lambda: self._end(sig))
+
+    def shut_down(self) -> None:
+        """Drain and end, as at the first signal. May be called from any thread."""
+        self._post(lambda: self._end(signal.SIGTERM))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the server
+                self._loop.call_soon_threadsafe(action)
+
+    def _end(self, sig: int) -> None:
+        if self._drain is None:
+            self._service.draining = True
+            self._drain = asyncio.ensure_future(self._drain_engine())
+            return
+        logger.warning("ending at once")
+        self.exit_code = 128 + sig
+        self._service.ends_at_once = True
+        self.should_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    async def _drain_engine(self) -> None:
+        engine = self._service.engine
+        num_left = engine.num_running + engine.num_waiting
+        if num_left:
+            message = "shutting down: %d completions may take %g s more; Ctrl-C again ends at once"
+            logger.warning(message, num_left, self._drain_timeout_s)
+        if not await engine.drain(self._drain_timeout_s):
+            logger.warning("some completions were cut off after %g s", self._drain_timeout_s)
+        self.should_exit = True
+
+    def _engine_died(self) -> None:
+        self.exit_code = 1
+        self.should_exit = True

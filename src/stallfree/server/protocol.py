@@ -1,0 +1,296 @@
+"""The request bodies, as OpenAI defines them, with the extensions of vLLM that are common.
+
+A field that would change the answer and is not implemented is refused, never ignored; fields that
+only concern OpenAI's own service are ignored. Ranges are `SamplingParams`' business, and whether a
+token id exists is the model's: neither is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from stallfree.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from stallfree.errors import InvalidRequestError
+from stallfree.server.fields import Content, LogitBias, Prompts, Stop, refusal, shown
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_MESSAGES = 4_096
+
+BodyT = TypeVar("BodyT", bound="Body")
+
+
+class Body(BaseModel):
+    """A JSON object whose every field is known; one that is null is as good as absent.
+
+    Attributes:
+        IGNORED: fields that are taken and mean nothing here.
+        UNSUPPORTED: fields that are refused, but for the values that ask for nothing.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in value:
+            if name in cls.UNSUPPORTED:
+                if value[name] is not None and value[name] not in cls.UNSUPPORTED[name]:
+                    raise refusal("is not supported by this server", name)
+            elif name not in cls.model_fields and name not in cls.IGNORED:
+                raise PydanticCustomError("unrecognized", "not known", {"field": name})
+        return {name: entry for name, entry in value.items() if entry is not None}
+
+
+def parse(body_type: type[BodyT], value: Mapping[str, Any]) -> BodyT:
+    """Validate a request body.
+
+    Raises:
+        InvalidRequestError: names the first field that is wrong, its value and what it must be.
+    """
+    try:
+        return body_type.model_validate(value)
+    except ValidationError as failure:
+        raise _first_error(failure) from None
+
+
+def _first_error(failure: ValidationError) -> InvalidRequestError:
+    error = failure.errors(include_url=False)[0]
+    field = error.get("ctx", {}).get("field")
+    param = _path([*error["loc"], *([field] if field else [])])
+    reason = error["msg"].replace("Input should", "it must", 1)
+    match error["type"]:
+        case "refusal":
+            message = f"{param} {reason}"
+        case "unrecognized":
+            message = f"Unrecognized request argument supplied: {param}"
+        case "missing":
+            message = f"{param} is required"
+        case "model_type" | "dict_type":
+            message = f"{param} is {shown(error['input'])}; it must be an object"
+        case "too_short":
+            message = f"{param} is {shown(error['input'])}; it must have at least 1"
+        case "too_long":
+            message = f"{param} is {shown(error['input'])}; {MAX_MESSAGES} are the limit"
+        case _:
+            message = f"{param} is {shown(error['input'])}; {reason}"
+    return InvalidRequestError(message, param)
+
+
+def _path(steps: Iterable[int | str]) -> str:
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return path.removeprefix(".")
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the text."""
+
+    IGNORED = frozenset({"include_obfuscation"})
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(Body):
+    """The fields that completions and chat completions share."""
+
+    IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: LogitBias = {}
+    stop: Stop = ()
+    stop_token_ids: Annotated[list[int], FailFast()] = []
+    ignore_eos: bool | None = None
+    skip_special_tokens: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise refusal("is only allowed with stream", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk that carries the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """What the engine is asked for.
+
+        Raises:
+            InvalidRequestError: a value is out of its range.
+        """
+        fields = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **{name: value for name, value in fields.items() if value is not None},
+        )
+
+
+_SAMPLING_FIELDS = (
+    "n",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+)
+
+
+class CompletionRequest(SamplingBody):
+    """The body of `/v1/completions`."""
+
+    UNSUPPORTED = {"suffix": ()}
+
+    prompt: Prompts
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        n = 1 if self.n is None else self.n
+        if self.best_of not in (None, n):
+            raise refusal(f"is {shown(self.best_of)}; only n ({n}) is supported", "best_of")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refusal("is not supported with stream; echo is", "prompt_logprobs")
+        return self
+
+    def params(self) -> SamplingParams:
+        """What the engine is asked for."""
+        prompt_logprobs = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.sampling_params(
+            max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
+        )
+
+
+class ChatMessage(Body):
+    """One message of a chat."""
+
+    IGNORED = frozenset({"annotations"})
+    UNSUPPORTED = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "audio": (),
+        "refusal": (),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+
+    def variables(self) -> dict[str, str]:
+        """The message as a chat template sees it; templates do not know the role developer."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": self.content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+Messages = Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatRequest(SamplingBody):
+    """The body of `/v1/chat/completions`."""
+
+    IGNORED = SamplingBody.IGNORED | {
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+    UNSUPPORTED = {
+        "audio": (),
+        "chat_template": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+
+    messages: Messages
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refusal("is only allowed with logprobs", "top_logprobs")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise refusal("and max_completion_tokens differ; send one of them", "max_tokens")
+        return self
+
+    def params(self) -> SamplingParams:
+        """What the engine is asked for."""
+        most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(max_tokens=most, logprobs=logprobs, prompt_logprobs=None)
+
+
+class TokenizeRequest(Body):
+    """The body of `/tokenize`: a prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages = []
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise refusal("or messages is required, and not both", "prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """The body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[Any]

@@ -1,0 +1,113 @@
+"""Engine and server settings: what they refuse, and how they say it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stallfree.cli.options import SETTINGS_CLASSES
+from stallfree.engine.flags import parse_bytes, settings_of
+from stallfree.engine.settings import EngineSettings, ServerSettings, available_cpus
+from stallfree.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 * 1024**3),
+        ("512MiB", 512 * 1024**2),
+        ("1.5GB", 1_500_000_000),
+        ("2g", 2 * 1024**3),
+        (" 3 kb ", 3000),
+        ("1T", 1024**4),
+        ("12b", 12),
+        ("1048576", 1_048_576),
+    ],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 gigabytes", "-1GiB", "1e9", "2GiBB", "1,5GB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(text))):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": " "}, "model is empty"),
+        ({"revision": "v1"}, "revision is 'v1', but no model is named"),
+        ({"scheduler": "sarthi"}, "scheduler is 'sarthi'; it must be one of sarathi, vllm"),
+        ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
+        ({"max_model_len": 1}, "max_model_len is 1; it must be at least 2"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes is 0; it must be at least 1"),
+        ({"kv_cache_memory_bytes": "2GiB"}, "kv_cache_memory_bytes is '2GiB'; it must be a whole"),
+        ({"block_size": 257}, "block_size is 257; it must be at least 1 and at most 256"),
+        ({"block_size": 16.0}, "block_size is 16.0; it must be a whole number"),
+        ({"block_size": None}, "block_size is None; it must be a whole number"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32"),
+        ({"device": "CPU 1"}, "device is 'CPU 1'; write it as auto, cpu"),
+        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"threads": True}, "threads is True; it must be a whole number"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be at least"),
+    ],
+)
+def test_engine_settings_refuse(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineSettings(**fields)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"host": ""}, "host is empty"),
+        ({"port": -1}, "port is -1; it must be at least 0 and at most 65535"),
+        ({"port": 65_536}, "port is 65536"),
+        ({"api_key": ""}, "api_key must be ASCII and not blank"),
+        ({"api_key": "schlüssel"}, "api_key must be ASCII"),
+        ({"served_model_name": ""}, "served_model_name is empty"),
+        ({"chat_template": Path("missing.jinja")}, "chat_template is missing.jinja; there is no"),
+        ({"drain_timeout_s": -0.1}, "drain_timeout_s is -0.1; it must be at least 0"),
+        ({"drain_timeout_s": float("nan")}, "drain_timeout_s is nan; it must be finite"),
+    ],
+)
+def test_server_settings_refuse(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerSettings(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert ServerSettings(drain_timeout_s=0).drain_timeout_s == 0
+
+
+def test_the_key_is_never_shown() -> None:
+    assert "secret" not in repr(ServerSettings(api_key="secret"))
+    with pytest.raises(ConfigError) as caught:
+        ServerSettings(api_key=12345)  # type: ignore[arg-type]
+    assert "12345" not in str(caught.value)
+
+
+def test_more_threads_than_cpus_is_noted() -> None:
+    assert EngineSettings(threads=1).notes == ()
+    (note,) = EngineSettings(threads=available_cpus() + 1).notes
+    assert f"threads is {available_cpus() + 1}" in note
+
+
+@pytest.mark.parametrize("settings_class", SETTINGS_CLASSES)
+def test_every_setting_explains_itself(settings_class: type) -> None:
+    for setting in settings_of(settings_class):
+        assert setting.flag.help.endswith((".", "..."))
+        assert not setting.optional or setting.flag.unset, f"{setting.name}: what is its default?"
+
+
+def test_no_two_settings_share_a_name() -> None:
+    names = [setting.name for each in SETTINGS_CLASSES for setting in settings_of(each)]
+    assert len(set(names)) == len(names)
