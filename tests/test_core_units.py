@@ -194,7 +194,10 @@ def view(
     tile: int = 1,
     decodes_ran_last: bool = False,
 ) -> View:
-    running: tuple[RequestView, ...] = (*(_Decode() for _ in range(decodes)), *(_Prefill(n) for n in prefills))
+    running: tuple[RequestView, ...] = (
+        *(_Decode() for _ in range(decodes)),
+        *(_Prefill(n) for n in prefills),
+    )
     return View(
         running=running,
         waiting=[Candidate(_Prefill(n), n, 1) for n in waiting],

@@ -130,7 +130,12 @@ def test_penalties() -> None:
 
 def test_end_tokens_wait_for_min_tokens() -> None:
     logits = torch.tensor([[0.0, 9.0, 8.0, 1.0]])
-    given: dict[str, Any] = {"end": frozenset({1}), "stop_token_ids": (2,), "temperature": 0, "max_tokens": 9}
+    given: dict[str, Any] = {
+        "end": frozenset({1}),
+        "stop_token_ids": (2,),
+        "temperature": 0,
+        "max_tokens": 9,
+    }
     assert sample(logits.clone(), [row(min_tokens=2, output=(0,), **given)]) == [3]
     assert sample(logits.clone(), [row(min_tokens=1, output=(0,), **given)]) == [1]
     ignoring = row(min_tokens=2, output=(0,), ignore_eos=True, **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -88,7 +88,7 @@ class LLM:
             InvalidRequestError: a prompt or its parameters are wrong; none is run.
             ExecutorError: an iteration failed.
         """
-        listed = [prompts] if _is_one(prompts) else list(prompts)
+        listed = _as_list(prompts)
         params = _spread(sampling_params, len(listed))
         encoded = [self._encode(prompt) for prompt in listed]
         for token_ids, own in zip(encoded, params, strict=True):
@@ -179,8 +179,10 @@ class LLM:
                 bar.update(task, completed=num_done, num_tokens=num_tokens)
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _spread(
