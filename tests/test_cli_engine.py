@@ -189,6 +189,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_chat(model: Path) -> None:
         shell.wait_for("> ")
         shell.type("/reset\r")
         shell.wait_for("(forgotten)")
+        shell.wait_for("> ")
         shell.type("\x04")
         assert shell.ends_with() == 0
         assert "Traceback" not in shell.shown
