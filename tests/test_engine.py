@@ -115,8 +115,24 @@ def test_stream_gives_the_same_text_in_pieces(llm: LLM) -> None:
     assert [delta.finish_reason for delta in deltas] == [None] * 11 + ["length"]
     first = next(stream := llm.stream("x", GREEDY))
     assert first.token_ids
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not llm.engine.has_requests
+
+
+def test_streams_may_be_read_in_turn(llm: LLM) -> None:
+    expected = [each.outputs[0].text for each in llm.generate(PROMPTS, GREEDY)]
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS]
+    texts = ["" for _ in PROMPTS]
+    for deltas in zip(*streams, strict=True):
+        texts = [text + delta.text for text, delta in zip(texts, deltas, strict=True)]
+    assert texts == expected
+
+
+def test_outputs_come_as_they_are_complete(llm: LLM) -> None:
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (9, 3, 6)]
+    outputs = list(llm.as_completed(["x"] * 3, params))
+    assert [index for index, _ in outputs] == [1, 2, 0]
+    assert [len(output.outputs[0].token_ids) for _, output in outputs] == [3, 6, 9]
 
 
 def test_seeds_repeat_whatever_runs_beside(llm: LLM) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -47,7 +48,7 @@ def generate(
         typer.Option(
             "--output",
             metavar="FILE.jsonl",
-            help="Where the answers go, in the order of the prompts.",
+            help="Where the answers go, in the order of the prompts, as they come.",
             show_default="standard output",
             rich_help_panel=_PANEL,
         ),
@@ -86,12 +87,17 @@ def generate(
 
     from stallfree.engine.llm import LLM
 
-    llm = LLM.from_settings(engine)
+    llm = LLM.from_settings(engine, show_progress=progress)
     prompt_ids = [_token_ids(llm, line) for line in lines]
     params = [_params(llm, line, ids) for line, ids in zip(lines, prompt_ids, strict=True)]
-    outputs = llm.generate(prompt_ids, params, use_progress_bar=progress)
-    answers = [_answer(llm, line, output) for line, output in zip(lines, outputs, strict=True)]
-    _write(answers, output_file)
+    with (
+        _opened(output_file) as file,
+        closing(llm.as_completed(prompt_ids, params, use_progress_bar=progress)) as outputs,
+    ):
+        for index, output in _in_order(outputs):
+            answer = _answer(llm, lines[index], output)
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
 
 
 def _read_prompts(
@@ -173,12 +179,26 @@ def _position(llm: LLM, position: PositionLogprobs | None) -> dict[str, Any] | N
     return {**token(position.token_id, position.logprob), "top": top}
 
 
-def _write(answers: Sequence[dict[str, Any]], output_file: Path | None) -> None:
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+def _in_order(
+    outputs: Iterable[tuple[int, RequestOutput]],
+) -> Iterator[tuple[int, RequestOutput]]:
+    """The same outputs by index, each as soon as all before it are complete."""
+    early: dict[int, RequestOutput] = {}
+    due = 0
+    for index, output in outputs:
+        early[index] = output
+        while due in early:
+            yield due, early.pop(due)
+            due += 1
+
+
+@contextmanager
+def _opened(output_file: Path | None) -> Iterator[TextIO]:
     if output_file is None:
-        sys.stdout.write(text)
+        yield sys.stdout
         return
     try:
-        output_file.write_text(text, encoding="utf-8")
+        with output_file.open("w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise ConfigError(f"{output_file} cannot be written: {error.strerror}") from error

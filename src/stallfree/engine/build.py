@@ -31,7 +31,7 @@ FALLBACK_BUDGET, FALLBACK_TILE = 256, 64
 
 
 def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
-    """Load the model and make an engine for it. Progress goes to stderr.
+    """Load the model and make an engine for it. Progress goes to stderr, if that is a terminal.
 
     Raises:
         ConfigError: the settings do not go together, or with this machine.
@@ -153,7 +153,8 @@ def _load(
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not show_progress) as bar:
+    hidden = not (show_progress and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(source.name, total=config.num_layers)
         return Decoder(
             config,

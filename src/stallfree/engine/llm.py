@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,16 +58,17 @@ class LLM:
         self._load(EngineSettings(model=model, **settings))
 
     @classmethod
-    def from_settings(cls, settings: EngineSettings) -> LLM:
+    def from_settings(cls, settings: EngineSettings, *, show_progress: bool = True) -> LLM:
         """The same, from settings that exist already."""
         llm = cls.__new__(cls)
-        llm._load(settings)
+        llm._load(settings, show_progress=show_progress)
         return llm
 
-    def _load(self, settings: EngineSettings) -> None:
-        self.engine = build_engine(settings)
+    def _load(self, settings: EngineSettings, *, show_progress: bool = True) -> None:
+        self.engine = build_engine(settings, show_progress=show_progress)
         self.tokenizer = self.engine.tokenizer
         self._num_requests = 0
+        self._deltas: dict[str, deque[Delta]] = {}  # of open requests, until they are read
 
     def generate(
         self,
@@ -79,7 +81,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, or a list of either.
             sampling_params: for all prompts, or one for each.
-            use_progress_bar: show finished completions on stderr.
+            use_progress_bar: show finished completions on stderr, if that is a terminal.
 
         Returns:
             One output for each prompt, in order.
@@ -88,26 +90,45 @@ class LLM:
             InvalidRequestError: a prompt or its parameters are wrong; none is run.
             ExecutorError: an iteration failed.
         """
+        outputs = dict(self.as_completed(prompts, sampling_params, use_progress_bar))
+        return [outputs[index] for index in range(len(outputs))]
+
+    def as_completed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_progress_bar: bool = True,
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """Like `generate`, but each output is given as soon as it is complete.
+
+        Yields:
+            The index of a prompt, and its output.
+        """
         listed = _as_list(prompts)
         params = _spread(sampling_params, len(listed))
         encoded = [self._encode(prompt) for prompt in listed]
         for token_ids, own in zip(encoded, params, strict=True):
             self.engine.check(token_ids, own)
-        parts: dict[str, list[Delta]] = {}
-        for token_ids, own in zip(encoded, params, strict=True):
-            parts[self._add(token_ids, own)] = []
-        total = sum(own.n for own in params)
+        indices = {self._open(*pair): i for i, pair in enumerate(zip(encoded, params, strict=True))}
+        parts: dict[str, list[Delta]] = {request_id: [] for request_id in indices}
         try:
-            self._run(parts, total, use_progress_bar)
+            with _Progress(sum(own.n for own in params), use_progress_bar) as progress:
+                while parts:
+                    self._step()
+                    for request_id, deltas in list(parts.items()):
+                        new = self._take(request_id)
+                        deltas += new
+                        progress.add(new)
+                        index = indices[request_id]
+                        if _num_ended(deltas) == params[index].n:
+                            del parts[request_id], self._deltas[request_id]
+                            yield (
+                                index,
+                                _collect(listed[index], encoded[index], params[index].n, deltas),
+                            )
         finally:
             for request_id in parts:
-                self.engine.abort(request_id)
-        return [
-            _collect(prompt, token_ids, own.n, deltas)
-            for prompt, token_ids, own, deltas in zip(
-                listed, encoded, params, parts.values(), strict=True
-            )
-        ]
+                self._close(request_id)
 
     def chat(
         self,
@@ -129,54 +150,85 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[Delta]:
-        """Complete one prompt, piece by piece; closing the iterator ends it.
+    ) -> Generator[Delta, None, None]:
+        """Complete one prompt, piece by piece; closing the generator ends it.
 
         Raises:
             InvalidRequestError: the prompt or its parameters are wrong.
             ExecutorError: an iteration failed.
         """
         params = sampling_params or SamplingParams()
-        request_id = self._add(self._encode(prompt), params)
+        request_id = self._open(self._encode(prompt), params)
         num_open = params.n
         try:
             while num_open:
-                for delta in self.engine.step():
-                    _raise_on_error(delta)
-                    if delta.request_id == request_id:
-                        num_open -= delta.finish_reason is not None
-                        yield delta
+                self._step()
+                for delta in self._take(request_id):
+                    num_open -= delta.finish_reason is not None
+                    yield delta
         finally:
-            self.engine.abort(request_id)
+            self._close(request_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _add(self, token_ids: Sequence[int], params: SamplingParams) -> str:
+    def _open(self, token_ids: Sequence[int], params: SamplingParams) -> str:
         self._num_requests += 1
         request_id = f"request-{self._num_requests}"
         self.engine.add(request_id, token_ids, params)
+        self._deltas[request_id] = deque()
         return request_id
 
-    def _run(self, parts: dict[str, list[Delta]], total: int, use_progress_bar: bool) -> None:
-        columns = (
+    def _step(self) -> None:
+        for delta in self.engine.step():
+            self._deltas[delta.request_id].append(delta)
+
+    def _take(self, request_id: str) -> list[Delta]:
+        """The new deltas of a request, from whichever step they came."""
+        waiting = self._deltas[request_id]
+        taken = [waiting.popleft() for _ in range(len(waiting))]
+        for delta in taken:
+            if delta.error is not None:
+                raise ExecutorError(delta.error)
+        return taken
+
+    def _close(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        del self._deltas[request_id]
+
+
+class _Progress:
+    """A bar of finished completions on stderr, if that is a terminal."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
             TextColumn("generating"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[num_tokens]} tokens"),
             TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
         )
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not use_progress_bar) as bar:
-            task = bar.add_task("", total=total, num_tokens=0)
-            num_done = num_tokens = 0
-            while self.engine.has_requests:
-                for delta in self.engine.step():
-                    _raise_on_error(delta)
-                    parts[delta.request_id].append(delta)
-                    num_tokens += len(delta.token_ids)
-                    num_done += delta.finish_reason is not None
-                bar.update(task, completed=num_done, num_tokens=num_tokens)
+        self._num_tokens = 0
+        self._task = self._bar.add_task("", total=total, num_tokens=0)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def add(self, deltas: Sequence[Delta]) -> None:
+        if deltas:
+            self._num_tokens += sum(len(delta.token_ids) for delta in deltas)
+            self._bar.update(self._task, advance=_num_ended(deltas), num_tokens=self._num_tokens)
+
+
+def _num_ended(deltas: Sequence[Delta]) -> int:
+    return sum(delta.finish_reason is not None for delta in deltas)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -193,11 +245,6 @@ def _spread(
     if len(params) != count:
         raise InvalidRequestError(f"{len(params)} sampling_params for {count} prompts")
     return list(params)
-
-
-def _raise_on_error(delta: Delta) -> None:
-    if delta.error is not None:
-        raise ExecutorError(delta.error)
 
 
 def _collect(

@@ -62,22 +62,19 @@ async def _events(service: Service, job: Job, include_usage: bool) -> AsyncGener
     async with aclosing(stream(service.engine, job)) as deltas:
         async for index, delta in deltas:
             num_output_tokens += len(delta.token_ids)
-            if delta.text or delta.logprobs or delta.finish_reason:
-                entry = _entry(service, index, delta, is_first=index not in begun)
-                begun.add(index)
-                yield event({**head, "choices": [entry], **usage})
+            entry = _entry(service, index, delta, is_first=index not in begun)
+            begun.add(index)
+            yield event({**head, "choices": [entry], **usage})
     if include_usage:
         yield event({**head, "choices": [], "usage": job.usage(num_output_tokens)})
     yield DONE
 
 
 def _entry(service: Service, index: int, delta: Delta, *, is_first: bool) -> dict[str, Any]:
-    message = {"role": "assistant", "content": delta.text} if is_first else {}
-    if delta.text:
-        message["content"] = delta.text
+    role = {"role": "assistant"} if is_first else {}
     return {
         "index": index,
-        "delta": message,
+        "delta": {**role, "content": delta.text},
         "logprobs": chat_logprobs(service.tokenizer, delta.logprobs),
         "finish_reason": delta.finish_reason,
     }

@@ -94,8 +94,7 @@ class _Completion:
                     entry = await self._service.in_thread(self._job.num_prompt_tokens, make)
                 else:
                     entry = make()
-                if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
-                    yield event({**self._head, "choices": [entry], **usage})
+                yield event({**self._head, "choices": [entry], **usage})
         if self._body.include_usage:
             yield event({**self._head, "choices": [], "usage": self._job.usage(num_output_tokens)})
         yield DONE
