@@ -286,7 +286,6 @@ def test_a_stuck_scheduler_is_never_silent(engine: Engine) -> None:
             "raise kv_cache_memory to at least 1048576",
         ),
         ({"device": "cuda"}, "cannot be used here"),
-        ({"dtype": "float16"}, "no native arithmetic"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -295,6 +294,25 @@ def test_settings_that_do_not_fit_are_refused(
     changed = dataclasses.replace(settings, **change)
     with pytest.raises(ConfigError, match=match):
         build_engine(changed, show_progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_where_it_is_native(settings: EngineSettings, dtype: str) -> None:
+    changed = dataclasses.replace(settings, dtype=dtype)
+    capabilities = torch.cpu.get_capabilities()
+    names = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16")}
+    native = names.get(dtype, ("avx512_fp16", "amx_fp16", "fp16_arith"))
+    if not any(capabilities.get(name, False) for name in native):
+        with pytest.raises(ConfigError, match=f"{dtype} has no native arithmetic"):
+            build_engine(changed, show_progress=False)
+        return
+    llm = LLM.from_settings(changed)
+    exact = LLM.from_settings(settings)
+    [half] = llm.generate("The quick brown fox", GREEDY)
+    [full] = exact.generate("The quick brown fox", GREEDY)
+    assert llm.engine.facts.kv_cache_bytes == exact.engine.facts.kv_cache_bytes
+    assert llm.engine.facts.kv_cache_tokens == 2 * exact.engine.facts.kv_cache_tokens
+    assert half.outputs[0].token_ids[0] == full.outputs[0].token_ids[0]
 
 
 def test_the_context_shrinks_to_what_the_cache_holds(settings: EngineSettings) -> None:

@@ -119,9 +119,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_is_native(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.cpu._is_amx_fp16_supported())
+    features = ("avx512_bf16", "amx_bf16", "bf16")  # the last is that of ARM
+    if dtype == torch.float16:
+        features = ("avx512_fp16", "amx_fp16", "fp16_arith")
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(feature, False) for feature in features)
 
 
 def _context(settings: EngineSettings, config: ModelConfig) -> int:
