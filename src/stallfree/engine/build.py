@@ -21,6 +21,8 @@ from stallfree.errors import ConfigError
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
+from stallfree.model.int8 import is_supported as is_int8_supported
+from stallfree.model.int8_cache import int8_weights
 from stallfree.model.kv_cache import KVCache
 from stallfree.model.source import ModelSource, open_model
 
@@ -46,7 +48,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     config = ModelConfig.from_hf(source.hf_config)
     tokenizer = load_tokenizer(source)
     context = _context(settings, config)
-    decoder = _load(config, source, context, dtype, device, show_progress)
+    decoder = _load(settings, config, source, context, dtype, device, show_progress)
     cache = _make_cache(settings, config, context, dtype, device)
     pool = BlockPool(cache.num_blocks, cache.block_size)
     max_model_len = min(context, pool.num_tokens)
@@ -63,10 +65,10 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         architecture=config.architecture,
         vocab_size=config.vocab_size,
         num_parameters=decoder.num_parameters,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="int8" if settings.dtype == "int8" else str(dtype).removeprefix("torch."),
         device=str(device),
         threads=threads,
-        weight_bytes=decoder.num_parameters * dtype.itemsize,
+        weight_bytes=decoder.weight_bytes,
         kv_cache_bytes=pool.num_tokens * config.kv_values_per_token * dtype.itemsize,
         kv_cache_tokens=pool.num_tokens,
         block_size=pool.block_size,
@@ -106,9 +108,15 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of weights and computation; half precision only where the device is native to it."""
+    """The type of activations and KV cache; half precision only where the device has it."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == "int8":
+        if device.type != "cpu" or not is_int8_supported():
+            raise ConfigError(
+                f"dtype int8 needs a CPU with AVX2 or better; this is {device}: use --dtype auto"
+            )
+        return torch.float32
     dtype: torch.dtype = getattr(torch, name)
     if device.type == "cpu" and dtype != torch.float32 and not _cpu_is_native(dtype):
         raise ConfigError(
@@ -140,6 +148,7 @@ def _context(settings: EngineSettings, config: ModelConfig) -> int:
 
 
 def _load(
+    settings: EngineSettings,
     config: ModelConfig,
     source: ModelSource,
     context: int,
@@ -148,23 +157,31 @@ def _load(
     show_progress: bool,
 ) -> Decoder:
     columns = (
-        TextColumn("loading {task.description}"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("layers"),
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
     hidden = not (show_progress and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(source.name, total=config.num_layers)
+        weights = source.weights
+        if settings.dtype == "int8":
+            rounding = bar.add_task(f"rounding {source.name} to int8, once", total=None)
+            weights = int8_weights(
+                source.path,
+                weights,
+                on_tensor=lambda done, total: bar.update(rounding, completed=done, total=total),
+            )
+            bar.remove_task(rounding)
+        loading = bar.add_task(f"loading layers of {source.name}", total=config.num_layers)
         return Decoder(
             config,
-            source.weights,
+            weights,
             max_positions=context,
             dtype=dtype,
             device=device,
-            on_layer=lambda layer: bar.update(task, completed=layer + 1),
+            on_layer=lambda layer: bar.update(loading, completed=layer + 1),
         )
 
 

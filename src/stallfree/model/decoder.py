@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from stallfree.errors import WeightFileError
 from stallfree.model.attention import Span, attend
 from stallfree.model.config import ModelConfig
+from stallfree.model.int8_cache import SCALES
 from stallfree.model.kv_cache import KVCache
-from stallfree.model.linear import Linear, make_linear
+from stallfree.model.linear import Linear, Matrix, make_embedding, make_linear, stack
 from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weights import WeightSource
 
@@ -56,7 +57,8 @@ class Decoder:
 
     Args:
         config: its shape.
-        weights: read one tensor at a time, so that nothing is in memory twice.
+        weights: read one tensor at a time, so that nothing is in memory twice. Matrices may come
+            in int8 (see `int8_cache`).
         max_positions: longest context in tokens, for rope scalings that depend on it.
         dtype, device: of the weights and the computation.
         on_layer: called with the index of each layer once it is loaded, for progress.
@@ -79,10 +81,12 @@ class Decoder:
         self.dtype = dtype
         self.device = torch.device(device)
         self.num_parameters = 0
+        self.weight_bytes = 0
         self._weights = weights
         self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
-        self._embedding = self._tensor("model.embed_tokens.weight", shape)
+        embedding = self._matrix("model.embed_tokens.weight", shape)
+        self._embedding = make_embedding(embedding)
         self._layers = []
         for layer in range(config.num_layers):
             self._layers.append(self._load_layer(layer))
@@ -90,9 +94,7 @@ class Decoder:
                 on_layer(layer)
         self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
         tied = config.tie_embeddings or "lm_head.weight" not in weights.names()
-        self._lm_head = make_linear(
-            self._embedding if tied else self._tensor("lm_head.weight", shape)
-        )
+        self._lm_head = make_linear(embedding if tied else self._matrix("lm_head.weight", shape))
         del self._weights
 
     def _load_layer(self, layer: int) -> _Layer:
@@ -129,20 +131,36 @@ class Decoder:
 
     def _linear(self, out_sizes: dict[str, int], in_size: int, has_bias: bool) -> Linear:
         """One layer of several projections of the same input, one under the other."""
-        weights = [self._tensor(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
+        weights = [self._matrix(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
         bias = None
         if has_bias:
             bias = torch.cat([self._tensor(f"{n}.bias", (size,)) for n, size in out_sizes.items()])
-        return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
+        return make_linear(stack(weights), bias)
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """A weight, with its scales if it comes in int8."""
+        values = self._read(name, shape)
+        if values.dtype == torch.int8:
+            self.weight_bytes += values.nbytes
+            return Matrix(values, self._weights.tensor(name + SCALES))
+        return Matrix(self._placed(values))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._placed(self._read(name, shape))
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        self.weight_bytes += placed.nbytes
+        return placed
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._weights.tensor(name)
         if tuple(tensor.shape) != shape:
             raise WeightFileError(
                 f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
             )
         self.num_parameters += tensor.numel()
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        return tensor
 
     def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
@@ -150,7 +168,7 @@ class Decoder:
         Returns:
             The last hidden states (T, hidden), for `logits`.
         """
-        hidden = F.embedding(batch.token_ids, self._embedding)  # (T, hidden)
+        hidden = self._embedding(batch.token_ids)  # (T, hidden)
         angles = self._rope.at(batch.positions, self.dtype)
         for index, layer in enumerate(self._layers):
             attended = self._attention(index, layer, hidden, angles, batch, cache)
