@@ -130,7 +130,7 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 1.01}, "top_p", "1.01"),
     ({"top_k": -2}, "top_k", "-2"),
     ({"min_p": 2}, "min_p", "min_p is 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "at least 0.01"),
     ({"presence_penalty": 3}, "presence_penalty", "3"),
     ({"frequency_penalty": -3}, "frequency_penalty", "-3"),
     ({"n": 0}, "n", "n is 0"),

@@ -137,9 +137,12 @@ class EngineSettings:
     def notes(self) -> tuple[str, ...]:
         """What is allowed but probably not meant, one sentence each."""
         cpus = available_cpus()
+        notes = []
         if self.threads is not None and self.threads > cpus:
-            return (f"threads is {self.threads}, more than the {cpus} CPUs here: expect it slower",)
-        return ()
+            notes.append(f"threads is {self.threads}, more than the {cpus} CPUs here")
+        if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
+            notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")
+        return tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,12 @@ from stallfree.errors import WeightFileError
 from stallfree.model.attention import Span, attend
 from stallfree.model.config import ModelConfig
 from stallfree.model.kv_cache import KVCache
-from stallfree.model.linear import Linear, make_linear
+from stallfree.model.linear import Linear, make_linear, reorders
 from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weights import WeightSource
+
+MLP_ROWS = 2048  # at once: schedulers without a budget make batches of any length
+_RECOMPUTED = ".rotary_emb.inv_freq"  # old files keep it; it follows from the configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Decoder:
         on_layer: called with the index of each layer once it is loaded, for progress.
 
     Raises:
-        WeightFileError: a weight is missing or has another shape than the configuration says.
+        WeightFileError: a weight is missing, has another shape or type than the configuration
+            says, or has no place in it.
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class Decoder:
         self.dtype = dtype
         self.device = torch.device(device)
         self.num_parameters = 0
+        self.weight_bytes = 0
         self._weights = weights
+        self._unread = set(weights.names())
         self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = self._tensor("model.embed_tokens.weight", shape)
@@ -89,11 +95,15 @@ class Decoder:
             if on_layer is not None:
                 on_layer(layer)
         self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        tied = config.tie_embeddings or "lm_head.weight" not in weights.names()
-        self._lm_head = make_linear(
-            self._embedding if tied else self._tensor("lm_head.weight", shape)
-        )
-        del self._weights
+        output = self._embedding
+        if config.tie_embeddings:
+            self._unread.discard("lm_head.weight")
+            self.weight_bytes += output.nbytes if reorders(output) else 0  # both forms are kept
+        else:
+            output = self._tensor("lm_head.weight", shape)
+        self._lm_head = make_linear(output)
+        self._check_all_read()
+        del self._weights, self._unread
 
     def _load_layer(self, layer: int) -> _Layer:
         config, prefix = self.config, f"model.layers.{layer}"
@@ -135,14 +145,28 @@ class Decoder:
             bias = torch.cat([self._tensor(f"{n}.bias", (size,)) for n, size in out_sizes.items()])
         return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
 
+    def _check_all_read(self) -> None:
+        """Refuse weights that the architecture has no place for: answers would be wrong."""
+        unread = sorted(name for name in self._unread if not name.endswith(_RECOMPUTED))
+        if unread:
+            raise WeightFileError(
+                f"{self.config.architecture} as configured has no weight {unread[0]} "
+                f"(nor {len(unread) - 1} others that are in the files)"
+            )
+
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._weights.tensor(name)
+        self._unread.discard(name)
         if tuple(tensor.shape) != shape:
             raise WeightFileError(
                 f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
             )
-        self.num_parameters += tensor.numel()
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        if not tensor.is_floating_point():
+            raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
+        placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        self.num_parameters += placed.numel()
+        self.weight_bytes += placed.nbytes
+        return placed
 
     def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
@@ -155,9 +179,12 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             attended = self._attention(index, layer, hidden, angles, batch, cache)
             hidden = hidden + layer.output(attended)
-            gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+            hidden = torch.cat([self._mlp(layer, rows) for rows in hidden.split(MLP_ROWS)])
         return hidden
+
+    def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate) * up)
 
     def _attention(
         self,
