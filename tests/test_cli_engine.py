@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,9 @@ class Terminal:
 
     def interrupt(self, until: str) -> None:
         """Send SIGINT, again if nothing happens: one just before readline waits is lost."""
+        deadline = time.monotonic() + TIMEOUT_S
         while self.shown.find(until, self._seen) < 0:
+            assert time.monotonic() < deadline, f"{until!r} was not shown after {self.shown!r}"
             self.process.send_signal(signal.SIGINT)
             while self._read(timeout_s=1.0) and self.shown.find(until, self._seen) < 0:
                 pass
@@ -178,7 +181,8 @@ def test_ctrl_c_ends_generate_with_130(model: Path) -> None:
         assert "Traceback" not in shell.shown
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_chat(model: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_chat(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, max_position_embeddings=100_000)  # it talks for minutes
     with terminal("chat", str(model), "--ignore-eos", "--threads", "1") as shell:
         shell.wait_for("> ")
         shell.interrupt(until="(Ctrl-D or /exit leaves)")

@@ -51,7 +51,7 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
         ({"block_size": 257}, "block_size is 257; it must be at least 1 and at most 256"),
         ({"block_size": 16.0}, "block_size is 16.0; it must be a whole number"),
         ({"block_size": None}, "block_size is None; it must be a whole number"),
-        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32"),
+        ({"dtype": "int4"}, "dtype is 'int4'; it must be one of auto, float32"),
         ({"device": "CPU 1"}, "device is 'CPU 1'; write it as auto, cpu"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
         ({"threads": True}, "threads is True; it must be a whole number"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import StaticBudget
-from stallfree.core.policies import POLICIES, Policy, Proposal, View
+from stallfree.core.policies import POLICIES, Candidate, Policy, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import PolicyError, Scheduler, SchedulerConfig
@@ -65,6 +65,20 @@ class ExactModel:
         return block * self.block_size + position % self.block_size
 
 
+class RestlessBudget:
+    """A budget that changes in every iteration, below zero too."""
+
+    def __init__(self, max_tokens: int, tile_tokens: int, rng: random.Random) -> None:
+        self.tile_tokens = tile_tokens
+        self.last = 0
+        self._max_tokens = max_tokens
+        self._random = rng
+
+    def tokens(self, running: Sequence[Request]) -> int:
+        self.last = self._random.choice([self._max_tokens, self._random.randint(-5, 40), 0])
+        return self.last
+
+
 @dataclass(frozen=True)
 class Setup:
     policy: str
@@ -74,6 +88,7 @@ class Setup:
     block_size: int
     max_num_seqs: int
     depth: int  # batches in flight at once
+    watermark: float
     seed: int
 
 
@@ -86,6 +101,7 @@ setups = st.builds(
     block_size=st.sampled_from([4, 5, 8]),
     max_num_seqs=st.integers(1, 12),
     depth=st.integers(1, 3),
+    watermark=st.sampled_from([0.0, 0.01, 0.2, 0.9]),
     seed=st.integers(0, 2**32),
 )
 
@@ -97,8 +113,11 @@ class Run:
         self.setup = setup
         self.random = random.Random(setup.seed)
         pool = BlockPool(setup.num_blocks, setup.block_size)
-        config = SchedulerConfig(setup.policy, setup.max_num_seqs, MAX_MODEL_LEN)
-        self.scheduler = Scheduler(config, pool, StaticBudget(setup.budget, setup.tile))
+        config = SchedulerConfig(
+            setup.policy, setup.max_num_seqs, MAX_MODEL_LEN, watermark=setup.watermark
+        )
+        self.budget = RestlessBudget(setup.budget, setup.tile, self.random)
+        self.scheduler = Scheduler(config, pool, self.budget)
         self.model = ExactModel(setup.block_size)
         self.in_flight: list[Batch] = []
         self.requests: list[Request] = []
@@ -130,7 +149,8 @@ class Run:
             self.scheduler.finish(self.random.choice(alive), FinishReason.ABORT)
         if self.in_flight and self.random.random() < 0.04:
             batch = self.in_flight.pop(0)
-            self.failed |= {chunk.request.request_id for chunk in batch.chunks}
+            left = [chunk.request for chunk in batch.chunks if not chunk.request.pending_finish]
+            self.failed |= {request.request_id for request in left}
             self.scheduler.fail(batch)
 
     def step(self) -> None:
@@ -155,7 +175,10 @@ class Run:
         assert len(self.scheduler.running) <= self.setup.max_num_seqs
         policy = POLICIES[self.setup.policy]
         if policy.keeps_budget:
-            assert batch.num_tokens <= max(self.setup.budget, batch.num_decodes)
+            limit = max(self.budget.last, batch.num_decodes)
+            if self.budget.last <= 0 and batch.num_decodes == 0:
+                limit = self.setup.tile  # nobody is held up
+            assert batch.num_tokens <= limit
         if policy.reserves_context:
             assert all(request.num_preemptions == 0 for request in self.requests)
         if self.setup.policy in ("sarathi", "hybrid_only", "orca") and self.setup.depth == 1:
@@ -328,16 +351,20 @@ def test_settings_are_checked() -> None:
         SchedulerConfig(max_model_len=1)
 
 
-def test_a_policy_sees_requests_read_only() -> None:
-    """Every policy leaves its view as it was and repeats its answer."""
-    own = scheduler(num_blocks=20)
+def test_a_policy_changes_nothing() -> None:
+    """Every policy leaves what it sees as it was, and repeats its answer."""
+    own = scheduler(num_blocks=40)
     for index in range(3):
         own.add(request(f"{index}", 10))
-    own.schedule()
+    batch = own.schedule()
+    assert batch is not None
+    own.complete(batch, [1] * len(batch.sampling))
+    own.add(request("waiting", 10))
+    before = [repr(each) for each in (*own.running, *own.waiting)]
     for policy in POLICIES.values():
         state = View(
             running=tuple(own.running),
-            waiting=[],
+            waiting=[Candidate(own.waiting[0], 10, 3)],
             num_running=len(own.running),
             free_blocks=5,
             watermark_blocks=0,
@@ -346,4 +373,18 @@ def test_a_policy_sees_requests_read_only() -> None:
             tile_tokens=1,
             decodes_ran_last=False,
         )
-        assert policy.propose(state) == policy.propose(state)
+        assert policy.propose(state) == policy.propose(state) != []
+    assert [repr(each) for each in (*own.running, *own.waiting)] == before
+
+
+def test_policies_that_reserve_use_every_block() -> None:
+    for policy in ("orca", "faster_transformer"):
+        own = Scheduler(SchedulerConfig(policy, 4, 64), BlockPool(400, 4), StaticBudget(1))
+        assert own.config.watermark * 400 == 4
+        pool = own.pool.allocate(400 - 4 * 16)  # leaves four contexts of 64 tokens
+        for index in range(4):
+            own.add(request(f"{index}", 10))
+        batch = own.schedule()
+        assert batch is not None
+        assert len(batch.chunks) == 4
+        own.pool.release(pool)

@@ -79,7 +79,12 @@ def test_finish_reasons() -> None:
         ("top_p", 1.1),
         ("top_k", -2),
         ("min_p", 1.5),
-        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 0.001),
+        ("stop_token_ids", tuple(range(129))),
+        ("top_k", 1.5),
+        ("n", True),
+        ("temperature", "a"),
+        ("stop", (1,)),
         ("presence_penalty", 2.5),
         ("frequency_penalty", -3),
         ("seed", 2**63),
@@ -225,6 +230,8 @@ def test_sarathi_cuts_chunks_to_tiles() -> None:
     assert sizes("sarathi", view(3, (100,), (), limit=50, tile=16)) == [1, 1, 1, 45]
     assert sizes("sarathi", view(3, (46,), (), limit=50, tile=16)) == [1, 1, 1, 46]  # ends it
     assert sizes("sarathi", view(3, (100,), (), limit=7, tile=16)) == [1, 1, 1, 4]  # goes on
+    assert sizes("sarathi", view(0, (), (100, 100), limit=60, tile=16)) == [48]
+    assert sizes("sarathi", view(0, (40,), (100,), limit=60, tile=16)) == [40, 8]
 
 
 def test_admission_keeps_watermark_places_and_order() -> None:

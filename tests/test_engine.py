@@ -64,13 +64,14 @@ def llm(settings: EngineSettings) -> Iterator[LLM]:
 class Failing:
     """An executor whose iterations fail while `fails` says so."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, error: BaseException | None = None) -> None:
         self.executor = engine.executor
+        self.error = error or MemoryError("no memory for this batch")
         self.fails = False
 
     def execute(self, batch: Batch) -> ExecutorOutput:
         if self.fails:
-            raise MemoryError("no memory for this batch")
+            raise self.error
         return self.executor.execute(batch)
 
 
@@ -261,6 +262,37 @@ def test_a_failed_iteration_fails_its_requests_only(engine: Engine) -> None:
     engine.scheduler.check_integrity()
 
 
+def test_a_row_that_cannot_be_sampled_fails_alone(engine: Engine) -> None:
+    """Stop tokens and `min_tokens` that together forbid every token, beside another request."""
+    engine.end_token_ids = frozenset(range(engine.vocab_size))
+    engine.add("victim", [1, 2, 3], GREEDY)
+    engine.add("silent", [1, 2, 3], dataclasses.replace(GREEDY, ignore_eos=False, min_tokens=2))
+    deltas: list[Delta] = []
+    while engine.has_requests:
+        deltas += engine.step()
+    [silent] = [delta for delta in deltas if delta.request_id == "silent"]
+    assert silent.finish_reason == "error"
+    assert "not finite" in str(silent.error)
+    victim = [delta for delta in deltas if delta.request_id == "victim"]
+    assert [delta.finish_reason for delta in victim] == [None] * 11 + ["length"]
+    engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("scheduler", ["sarathi", "faster_transformer"])
+def test_an_interrupt_leaves_a_usable_engine(settings: EngineSettings, scheduler: str) -> None:
+    llm = LLM.from_settings(dataclasses.replace(settings, scheduler=scheduler))
+    expected = llm.generate(PROMPTS, GREEDY)
+    failing = Failing(llm.engine, KeyboardInterrupt())
+    llm.engine.executor = failing
+    failing.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY)
+    failing.fails = False
+    assert not llm.engine.has_requests
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.generate(PROMPTS, GREEDY) == expected
+
+
 def test_offline_failures_raise(llm: LLM) -> None:
     failing = Failing(llm.engine)
     failing.fails = True
@@ -381,6 +413,21 @@ def test_a_drain_that_takes_too_long_ends_what_runs(engine: Engine) -> None:
         deltas = await task
         assert sorted(d.index for d in deltas if d.finish_reason == "abort") == [0, 1]
         own.stop()
+
+    asyncio.run(main())
+
+
+def test_stopping_ends_streams_and_ids_are_not_shared(engine: Engine) -> None:
+    async def main() -> None:
+        own = AsyncEngine(engine)
+        own.start()
+        long = dataclasses.replace(GREEDY, max_tokens=1000)
+        task = asyncio.create_task(collect(own, "same", long))
+        await asyncio.sleep(0.02)
+        with pytest.raises(InvalidRequestError, match="'same' is in use"):
+            await collect(own, "same")
+        await asyncio.to_thread(own.stop)
+        assert (await asyncio.wait_for(task, 10))[-1].finish_reason == "abort"
 
     asyncio.run(main())
 

@@ -172,14 +172,14 @@ def test_greedy_tokens_match_under_every_policy_and_budget(reference: Reference)
     prompts = make_prompts(320)
     expected = [reference.greedy(prompt) for prompt in prompts]
     assert len({token for tokens in expected for token in tokens}) > 50
-    num_preemptions = 0
     for name, policy in POLICIES.items():
         for budget in (1, 7, 64, UNBOUNDED) if policy.keeps_budget else (UNBOUNDED,):
             requests = serve(reference.decoder, prompts, name, budget, num_blocks=40)
             actual = [request.output_token_ids for request in requests]
             assert actual == expected, (name, budget)
-            num_preemptions += sum(request.num_preemptions for request in requests)
-    assert num_preemptions > 10
+            num_preemptions = sum(request.num_preemptions for request in requests)
+            if not policy.reserves_context and budget >= 64:
+                assert num_preemptions > 0, (name, budget)
 
 
 def test_dynamic_rope_is_settled_for_the_longest_context(tmp_path: Path) -> None:

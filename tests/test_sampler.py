@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stallfree.core.sampling_params import SamplingParams
-from stallfree.errors import ExecutorError
 from stallfree.model.sampler import SamplerRow, likeliest, sample
 
 VOCAB = 40
@@ -33,7 +32,7 @@ def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
 
 def draws(logits: torch.Tensor, count: int, **params: Any) -> Counter[int]:
     rows = [row(seed=seed, **params) for seed in range(count)]
-    return Counter(sample(logits.repeat(count, 1), rows))
+    return Counter(token for token in sample(logits.repeat(count, 1), rows) if token is not None)
 
 
 def test_temperature_zero_is_greedy() -> None:
@@ -143,11 +142,54 @@ def test_end_tokens_wait_for_min_tokens() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_logits_are_an_error(bad: float) -> None:
-    logits = logits_of(0, rows=2)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_give_no_token_and_harm_no_other(bad: float, temperature: float) -> None:
+    logits = logits_of(0, rows=3)
+    rows = [row(temperature=temperature, seed=seed) for seed in range(3)]
+    whole = sample(logits.clone(), rows)
     logits[1, 3] = bad
-    with pytest.raises(ExecutorError, match="not finite"):
-        sample(logits, [row(), row()])
+    assert sample(logits, rows) == [whole[0], None, whole[2]]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-46},
+        {"temperature": 1e-4},
+        {"temperature": 100.0},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"top_k": 2**70},
+        {"top_p": 1e-300},
+        {"min_p": 1.0},
+        {"logit_bias": dict.fromkeys(range(VOCAB), -100.0)},
+        {"stop_token_ids": tuple(range(VOCAB - 1)), "min_tokens": 2},
+    ],
+)
+def test_extreme_parameters_give_tokens(params: dict[str, Any]) -> None:
+    own = row(
+        prompt=tuple(range(20)), output=(1, 2, 3)[: 1 if "min_tokens" in params else 3], **params
+    )
+    [alone] = sample(logits_of(5), [own])
+    assert alone is not None
+    assert 0 <= alone < VOCAB
+    assert sample(logits_of(5).repeat(3, 1), [row(), own, row(top_k=3)])[1] == alone
+
+
+def test_a_row_that_may_say_nothing_gets_no_token() -> None:
+    own = row(stop_token_ids=tuple(range(VOCAB)), min_tokens=2)
+    assert sample(logits_of(5).repeat(2, 1), [own, row(temperature=0)])[0] is None
+
+
+def test_equal_logits_are_drawn_alike_beside_wider_cuts() -> None:
+    logits = torch.zeros(1, 6000)
+    logits[0, ::3] = 1.0
+    for seed in range(30):
+        own = row(seed=seed, top_k=50)
+        [alone] = sample(logits.clone(), [own])
+        wide = [row(seed=1, top_p=0.999), row(seed=2, top_k=5000)]
+        assert sample(logits.repeat(3, 1), [*wide, own])[2] == alone
 
 
 def test_likeliest() -> None:

@@ -130,7 +130,8 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 1.01}, "top_p", "1.01"),
     ({"top_k": -2}, "top_k", "-2"),
     ({"min_p": 2}, "min_p", "min_p is 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "at least 0.01"),
+    ({"stop_token_ids": [1] * 200}, "stop_token_ids", "limit is 128"),
     ({"presence_penalty": 3}, "presence_penalty", "3"),
     ({"frequency_penalty": -3}, "frequency_penalty", "-3"),
     ({"n": 0}, "n", "n is 0"),
@@ -153,6 +154,26 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"no_such_field": 1}, "no_such_field", "Unrecognized request argument supplied"),
     ({"stream": "yes"}, "stream", "'yes'"),
 ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-46},
+        {"top_k": 2**40},
+        {"top_p": 1e-300},
+        {"repetition_penalty": 0.01},
+        {"min_p": 1},
+        {"logit_bias": {str(token): -100 for token in range(VOCABULARY)}},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_extremes_are_answered(server: RunningServer, live: None, fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 4, "ignore_eos": True, **fields}
+    response = server.post(COMPLETIONS, body)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize(

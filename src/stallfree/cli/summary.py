@@ -51,7 +51,8 @@ def curl_line(url: str, model: str, has_key: bool) -> str:
 def _rows(facts: EngineFacts, url: str) -> dict[str, str]:
     parameters = _count(facts.num_parameters)
     weights = f"weights {_size(facts.weight_bytes)}"
-    cache = f"KV cache {_size(facts.kv_cache_bytes)} = {facts.kv_cache_tokens:,} tokens"
+    share = f" ({facts.kv_cache_share:.0%} of what was free)" if facts.kv_cache_share else ""
+    cache = f"KV cache {_size(facts.kv_cache_bytes)}{share} = {facts.kv_cache_tokens:,} tokens"
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"
     return {

@@ -22,7 +22,7 @@ class TokenBudget(Protocol):
     def tile_tokens(self) -> int: ...
 
     def tokens(self, running: Sequence[Request]) -> int:
-        """Most tokens of the coming iteration; at or below zero, only decodes run."""
+        """Most tokens of the coming iteration; at or below zero, only decodes run, if any do."""
         ...
 
 

@@ -73,12 +73,14 @@ class Plan:
         self._num_tokens = 0
         self._free_blocks = view.free_blocks
         self._num_running = view.num_running
+        self._has_chunk = False
 
     def run(self, request: RequestView, num_tokens: int) -> None:
         """Run tokens of a request that is admitted."""
         if num_tokens > 0:
             self.proposals.append(Proposal(request, num_tokens))
             self._num_tokens += num_tokens
+            self._has_chunk |= not request.is_decode
 
     def run_all(self, requests: Iterable[RequestView]) -> None:
         """Run all that is left of each request."""
@@ -109,7 +111,9 @@ class Plan:
             return remaining
         tile = self._view.tile_tokens
         cut = (self._num_tokens + room) // tile * tile - self._num_tokens
-        return cut if cut > 0 else room
+        if cut <= 0 and not self._has_chunk:
+            return room  # less than a tile, so that a small budget still gets on
+        return max(0, cut)
 
     def _admits(self, candidate: Candidate) -> bool:
         watermark = self._view.watermark_blocks if self._num_running else 0
@@ -173,21 +177,19 @@ class Policy:
         propose: the decision.
         keeps_budget: whether the token budget limits it.
         reserves_context: whether admission takes memory for the longest context, so that it
-            never preempts, rather than for the prompt.
-        waits_to_share: whether the n completions of one prompt wait for its KV blocks.
+            never preempts, rather than for the prompt. Such a policy shares no blocks either.
     """
 
     propose: Callable[[View], list[Proposal]]
     keeps_budget: bool = False
     reserves_context: bool = False
-    waits_to_share: bool = True
 
 
 POLICIES: dict[str, Policy] = {
     "sarathi": Policy(stall_free, keeps_budget=True),
     "vllm": Policy(prefill_first),
     "orca": Policy(stall_free, reserves_context=True),
-    "faster_transformer": Policy(request_level, reserves_context=True, waits_to_share=False),
+    "faster_transformer": Policy(request_level, reserves_context=True),
     "simple_chunking": Policy(alternating, keeps_budget=True),
     "hybrid_only": Policy(stall_free),
 }

@@ -11,10 +11,14 @@ from stallfree.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1_000
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_LOGIT_BIASES = 1_024
 MAX_SEED = 2**63 - 1
+MIN_RANDOM_TEMPERATURE = 1e-5  # below it nothing but the likeliest token has any chance
+
+_INTEGERS = ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class SamplingParams:
         top_k: the k most likely tokens; 0 or -1 means all.
         min_p: tokens at least this fraction as likely as the likeliest, in [0, 1].
         repetition_penalty: divides (or multiplies, if negative) the logits of tokens seen in
-            prompt or output; in (0, 100]. From CTRL (arXiv 1909.05858).
+            prompt or output; in [0.01, 100]. From CTRL (arXiv 1909.05858).
         presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: subtracted for each time a token is in the output, in [-2, 2].
         seed: makes the request reproducible, whatever runs beside it; None draws one.
@@ -68,6 +72,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        _check_integers(self)
         _check_range("n", self.n, 1, MAX_CHOICES)
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, 1, None)
@@ -76,7 +81,7 @@ class SamplingParams:
         _check_range("top_p", self.top_p, 0, 1, open_low=True)
         _check_range("top_k", self.top_k, -1, None)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
@@ -86,6 +91,12 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         self._check_stops()
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is "
+                f"{MAX_STOP_TOKEN_IDS}",
+                "stop_token_ids",
+            )
         self._check_logit_bias()
 
     def _check_stops(self) -> None:
@@ -94,6 +105,8 @@ class SamplingParams:
                 f"stop has {len(self.stop)} strings; the limit is {MAX_STOP_STRINGS}", "stop"
             )
         for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"stop holds {text!r}; it must hold texts", "stop")
             if not text:
                 raise InvalidRequestError("stop holds an empty string", "stop")
             if len(text) > MAX_STOP_STRING_CHARS:
@@ -115,7 +128,14 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0
+        return self.temperature < MIN_RANDOM_TEMPERATURE
+
+
+def _check_integers(params: SamplingParams) -> None:
+    for name in _INTEGERS:
+        value = getattr(params, name)
+        if value is not None and type(value) is not int:
+            raise InvalidRequestError(f"{name} is {value!r}; it must be a whole number", name)
 
 
 def _check_range(
@@ -127,6 +147,8 @@ def _check_range(
     open_low: bool = False,
     param: str | None = None,
 ) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be a number", param or name)
     above = value > low if open_low else value >= low
     finite = isinstance(value, int) or math.isfinite(value)
     if finite and above and (high is None or value <= high):

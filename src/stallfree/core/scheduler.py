@@ -18,8 +18,6 @@ from stallfree.core.policies import POLICIES, Candidate, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
 
-WATERMARK = 0.01  # share of the blocks that admissions leave free for running requests to grow
-
 
 class PolicyError(Exception):
     """A policy proposed what it may not: a bug in the policy; nothing was scheduled."""
@@ -33,6 +31,8 @@ class SchedulerConfig:
         policy: a name in `POLICIES`.
         max_num_seqs: most requests admitted at once.
         max_model_len: longest context in tokens, prompt and output together.
+        watermark: share of the blocks that admissions leave free for running requests to grow,
+            where the policy does not reserve for that.
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -41,6 +41,7 @@ class SchedulerConfig:
     policy: str = "sarathi"
     max_num_seqs: int = 128
     max_model_len: int = 4096
+    watermark: float = 0.01
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -72,7 +73,8 @@ class Scheduler:
         self.running: list[Request] = []  # in order of arrival
         self._requests: dict[str, Request] = {}
         self._groups: dict[str, list[Request]] = {}
-        self._watermark_blocks = int(WATERMARK * pool.num_blocks)
+        watermark = 0 if self.policy.reserves_context else config.watermark
+        self._watermark_blocks = int(watermark * pool.num_blocks)
         self._context_blocks = pool.blocks_for(config.max_model_len)
         self._num_arrivals = 0
         self._decodes_ran_last = False
@@ -87,10 +89,6 @@ class Scheduler:
     def has_requests(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._requests)
-
-    def get(self, request_id: str) -> Request | None:
-        """The live request of that id, or None."""
-        return self._requests.get(request_id)
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -132,7 +130,7 @@ class Scheduler:
         num_preempted = len(self.waiting)
         ready = self._grow_running()
         num_preempted = len(self.waiting) - num_preempted
-        limit = max(0, self.budget.tokens(ready)) if self.policy.keeps_budget else None
+        limit = self._token_limit(ready) if self.policy.keeps_budget else None
         view = View(
             running=tuple(ready),
             waiting=self._candidates() if num_preempted == 0 else (),
@@ -152,6 +150,12 @@ class Scheduler:
             self._launch(chunk.request, now)
         self._decodes_ran_last = batch.num_decodes > 0
         return batch
+
+    def _token_limit(self, ready: Sequence[Request]) -> int:
+        """The budget, clamped at zero; a tile at least if there is no answer to hold up."""
+        limit = max(0, self.budget.tokens(ready))
+        is_idle = not any(request.is_decode or request.in_flight for request in self.running)
+        return self.budget.tile_tokens if limit == 0 and is_idle else limit
 
     def complete(self, batch: Batch, token_ids: Sequence[int]) -> None:
         """Take the result of a batch: one sampled token for each chunk of `batch.sampling`."""
@@ -174,7 +178,7 @@ class Scheduler:
         """End every request of a batch that could not be run."""
         for chunk in batch.chunks:
             chunk.request.in_flight = False
-            self._end(chunk.request, FinishReason.ERROR)
+            self._end(chunk.request, chunk.request.pending_finish or FinishReason.ERROR)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, such as for a stop string or a client that left.
@@ -243,7 +247,7 @@ class Scheduler:
 
     def _waits_for_sibling(self, request: Request) -> bool:
         """Whether the prompt of `request` is being computed, or is about to be, by another."""
-        if request.group is None or not self.policy.waits_to_share:
+        if request.group is None or self.policy.reserves_context:
             return False
         siblings = self._groups[request.group]
         if any(s.num_computed_tokens >= s.num_prompt_tokens for s in siblings):
@@ -252,7 +256,7 @@ class Scheduler:
 
     def _sharable_blocks(self, request: Request) -> list[int]:
         """Full blocks of the prompt that a sibling has computed; one token at least is left."""
-        if request.group is None or not self.policy.waits_to_share:
+        if request.group is None or self.policy.reserves_context:
             return []
         siblings = self._groups[request.group]
         source = max(siblings, key=lambda sibling: sibling.num_computed_tokens)

@@ -13,11 +13,12 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.engine import Engine
 from stallfree.engine.outputs import Delta
-from stallfree.errors import EngineStoppedError
+from stallfree.errors import EngineStoppedError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,6 @@ class AsyncEngine:
         """Completions that wait for admission."""
         return len(self.engine.scheduler.waiting)
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether new requests are refused because the engine is about to stop."""
-        return self._draining
-
     def start(self) -> None:
         """Start the engine's thread."""
         self._thread.start()
@@ -106,6 +102,8 @@ class AsyncEngine:
             EngineStoppedError: the engine takes no more requests.
         """
         await self.check(prompt_token_ids, params)
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
         stream = _Stream(params.n)
         self._streams[request_id] = stream
         self._inbox.put(lambda: self.engine.add(request_id, prompt_token_ids, params))
@@ -138,9 +136,9 @@ class AsyncEngine:
         return True
 
     def _abort_all(self) -> None:
-        for request_id, stream in list(self._streams.items()):
-            self._inbox.put(lambda request_id=request_id: self.engine.abort(request_id))  # type: ignore[misc]
-            self._end(request_id, stream, "abort", "the server is shutting down")
+        for request_id in list(self._streams):
+            self._inbox.put(partial(self.engine.abort, request_id))
+        self._end_all("abort", "the server is shutting down")
 
     def _check_accepting(self) -> None:
         if self.error is not None:
@@ -160,14 +158,14 @@ class AsyncEngine:
             while True:
                 self._take_commands()
                 if self._stopping:
+                    self._end_all("abort", "the engine was stopped")
                     return
                 for delta in self.engine.step():
                     self._deliver(delta)
         except BaseException as error:
             logger.exception("the engine has died")
             self.error = error
-            for request_id, stream in list(self._streams.items()):
-                self._end(request_id, stream, "error", f"the engine has died: {error!r}")
+            self._end_all("error", f"the engine has died: {error!r}")
             if self.on_death is not None:
                 self.on_death(error)
 
@@ -185,6 +183,7 @@ class AsyncEngine:
                 stream.open.discard(delta.index)
             stream.put(delta)
 
-    def _end(self, request_id: str, stream: _Stream, reason: str, error: str) -> None:
-        for index in sorted(stream.open):
-            stream.put(Delta(request_id, index, "", finish_reason=reason, error=error))
+    def _end_all(self, reason: str, error: str) -> None:
+        for request_id, stream in list(self._streams.items()):
+            for index in sorted(stream.open):
+                stream.put(Delta(request_id, index, "", finish_reason=reason, error=error))

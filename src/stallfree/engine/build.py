@@ -14,7 +14,7 @@ from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
-from stallfree.engine.memory import default_kv_cache_bytes
+from stallfree.engine.memory import default_share, free_bytes
 from stallfree.engine.settings import EngineSettings, available_cpus
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
@@ -29,7 +29,7 @@ from stallfree.model.source import ModelSource, open_model
 # By kind of device: the default token budget, and the rows that its matrix kernels round up to.
 TOKEN_BUDGETS = {"cpu": 64, "cuda": 512}
 TILE_TOKENS = {"cpu": 16, "cuda": 128}
-FALLBACK_BUDGET, FALLBACK_TILE = 256, 64
+DEVICES = tuple(TOKEN_BUDGETS)
 
 
 def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
@@ -55,10 +55,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     scheduler = Scheduler(
         SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
         pool,
-        StaticBudget(
-            settings.token_budget or TOKEN_BUDGETS.get(device.type, FALLBACK_BUDGET),
-            TILE_TOKENS.get(device.type, FALLBACK_TILE),
-        ),
+        StaticBudget(settings.token_budget or TOKEN_BUDGETS[device.type], TILE_TOKENS[device.type]),
     )
     facts = EngineFacts(
         model_name=source.name,
@@ -71,6 +68,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         weight_bytes=decoder.weight_bytes,
         kv_cache_bytes=pool.num_tokens * config.kv_values_per_token * dtype.itemsize,
         kv_cache_tokens=pool.num_tokens,
+        kv_cache_share=None if settings.kv_cache_memory_bytes else default_share(device),
         block_size=pool.block_size,
         scheduler=settings.scheduler,
         token_budget=scheduler.budget.tokens(()) if scheduler.policy.keeps_budget else None,
@@ -100,6 +98,8 @@ def _end_token_ids(
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in DEVICES:
+        raise ConfigError(f"device is {name!r}; it must be one of auto, {', '.join(DEVICES)}")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -110,7 +110,9 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of activations and KV cache; half precision only where the device has it."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if _is_native(torch.bfloat16, device) else torch.float16
     if name == "int8":
         if device.type != "cpu" or not is_int8_supported():
             raise ConfigError(
@@ -118,15 +120,19 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
             )
         return torch.float32
     dtype: torch.dtype = getattr(torch, name)
-    if device.type == "cpu" and dtype != torch.float32 and not _cpu_is_native(dtype):
+    if not _is_native(dtype, device):
         raise ConfigError(
-            f"dtype {name} has no native arithmetic on this CPU and would be several times slower "
-            "than float32: use --dtype float32"
+            f"dtype {name} has no native arithmetic on this {device.type} and would be several "
+            "times slower than float32: use --dtype float32"
         )
     return dtype
 
 
-def _cpu_is_native(dtype: torch.dtype) -> bool:
+def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    if dtype == torch.float32 or (device.type == "cuda" and dtype == torch.float16):
+        return True
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     features = ("avx512_bf16", "amx_bf16", "bf16")  # the last is that of ARM
     if dtype == torch.float16:
         features = ("avx512_fp16", "amx_fp16", "fp16_arith")
@@ -195,7 +201,7 @@ def _make_cache(
     """The KV cache: as large as asked or a share of free memory, and no larger than of use."""
     block_size = settings.block_size
     block_bytes = block_size * config.kv_values_per_token * dtype.itemsize
-    memory = settings.kv_cache_memory_bytes or default_kv_cache_bytes(device)
+    memory = settings.kv_cache_memory_bytes or int(default_share(device) * free_bytes(device))
     num_blocks = memory // block_bytes
     if num_blocks < 1:
         raise ConfigError(

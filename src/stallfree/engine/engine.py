@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 
-from stallfree.core.batch import Batch, Chunk
+from stallfree.core.batch import Batch
 from stallfree.core.counter_random import mix
 from stallfree.core.request import FinishReason, Request
 from stallfree.core.sampling_params import SamplingParams
@@ -117,6 +117,9 @@ class Engine:
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         ids = list(token_ids)
+        wrong = next((i for i in ids if type(i) is not int), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"{name} holds {wrong!r}; token ids are whole numbers", name)
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             bad = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise InvalidRequestError(
@@ -173,17 +176,27 @@ class Engine:
         except Exception as error:
             logger.exception("an iteration of %d tokens failed", batch.num_tokens)
             return self._fail(batch, error)
+        except BaseException as error:  # an interrupt: leave nothing in flight behind
+            self._fail(batch, error)
+            raise
+        for chunk, sample in zip(batch.sampling, output.samples, strict=True):
+            if sample.error is not None:
+                self.scheduler.finish(chunk.request, FinishReason.ERROR)
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
         return self._report(batch, output)
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():
             chunk = next(c for c in batch.chunks if c.request.request_id == own_id)
-            self._completions[own_id].add_prompt_logprobs(chunk.start, logprobs)
+            if own_id in self._completions:
+                self._completions[own_id].add_prompt_logprobs(chunk.start, logprobs)
         deltas = []
         for chunk, sample in zip(batch.sampling, output.samples, strict=True):
             completion = self._completions.get(chunk.request.request_id)
             if completion is None:  # aborted while it was in flight
+                continue
+            if sample.error is not None:
+                deltas.append(self._failure(completion, sample.error))
                 continue
             delta = completion.add(sample)
             if delta.finish_reason is not None:
@@ -191,14 +204,14 @@ class Engine:
             deltas.append(delta)
         return deltas
 
-    def _fail(self, batch: Batch, error: Exception) -> list[Delta]:
+    def _fail(self, batch: Batch, error: BaseException) -> list[Delta]:
         self.scheduler.fail(batch)
-        return [self._failure(chunk, error) for chunk in batch.chunks]
-
-    def _failure(self, chunk: Chunk, error: Exception) -> Delta:
-        completion = self._completions[chunk.request.request_id]
-        self._finish(completion, FinishReason.ERROR)
         message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
+        completions = [self._completions.get(chunk.request.request_id) for chunk in batch.chunks]
+        return [self._failure(each, message) for each in completions if each is not None]
+
+    def _failure(self, completion: Completion, message: str) -> Delta:
+        self._finish(completion, FinishReason.ERROR)
         return Delta(
             completion.request_id,
             completion.index,

@@ -13,6 +13,7 @@ class EngineFacts:
         vocab_size: token ids from 0 up to this are accepted.
         weight_bytes, kv_cache_bytes: memory taken.
         kv_cache_tokens: tokens that the KV cache holds.
+        kv_cache_share: the share of the free memory that it was sized by, or None if it was told.
         token_budget: most tokens of an iteration, or None if the scheduler keeps no budget.
         tile_tokens: what prefill chunks are cut to.
         max_model_len: longest context in tokens.
@@ -29,6 +30,7 @@ class EngineFacts:
     weight_bytes: int
     kv_cache_bytes: int
     kv_cache_tokens: int
+    kv_cache_share: float | None
     block_size: int
     scheduler: str
     token_budget: int | None

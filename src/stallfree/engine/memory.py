@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-CPU_SHARE = 0.25  # of the memory that is free once the weights are loaded
+# Of the memory that is free once the weights are loaded; a CPU's is for others too.
+CPU_SHARE = 0.25
 GPU_SHARE = 0.85
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def default_kv_cache_bytes(device: torch.device) -> int:
-    """A share of what is free on `device`: a quarter on a CPU, which others use too."""
-    share = CPU_SHARE if device.type == "cpu" else GPU_SHARE
-    return int(share * free_bytes(device))
+def default_share(device: torch.device) -> float:
+    """The share of the free memory of `device` that the KV cache takes if nobody says."""
+    return CPU_SHARE if device.type == "cpu" else GPU_SHARE
 
 
 def free_bytes(device: torch.device) -> int:

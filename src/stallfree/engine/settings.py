@@ -102,7 +102,7 @@ class EngineSettings:
         str,
         Flag(
             f"Type of weights: {', '.join(DTYPES)}. int8 is for CPUs: a quarter of the memory and "
-            "three times as fast as float32.",
+            "about three times as fast as float32, but answers may depend on what else runs.",
             "DTYPE",
             panel="Memory",
         ),
@@ -142,9 +142,12 @@ class EngineSettings:
     def notes(self) -> tuple[str, ...]:
         """What is allowed but probably not meant, one sentence each."""
         cpus = available_cpus()
+        notes = []
         if self.threads is not None and self.threads > cpus:
-            return (f"threads is {self.threads}, more than the {cpus} CPUs here: expect it slower",)
-        return ()
+            notes.append(f"threads is {self.threads}, more than the {cpus} CPUs here")
+        if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
+            notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")
+        return tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,14 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled token; `logprobs` only if the request asked for them."""
+    """One sampled token; `logprobs` only if the request asked for them.
+
+    If `error` says why nothing could be sampled for this request, the rest means nothing.
+    """
 
     token_id: int
     logprobs: PositionLogprobs | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

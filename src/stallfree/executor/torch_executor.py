@@ -100,6 +100,9 @@ def _sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> tuple[Sample, ...]
     tokens = sample(logits, [_sampler_row(chunk) for chunk in chunks])
     samples = []
     for index, (chunk, token) in enumerate(zip(chunks, tokens, strict=True)):
+        if token is None:
+            samples.append(Sample(-1, error="the model gave logits that are not finite numbers"))
+            continue
         position = None
         if index in logprobs:
             wanted = chunk.request.params.logprobs or 0

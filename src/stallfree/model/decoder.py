@@ -16,9 +16,19 @@ from stallfree.model.attention import Span, attend
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_cache import SCALES
 from stallfree.model.kv_cache import KVCache
-from stallfree.model.linear import Linear, Matrix, make_embedding, make_linear, stack
+from stallfree.model.linear import (
+    Linear,
+    Matrix,
+    keeps_copy,
+    make_embedding,
+    make_linear,
+    stack,
+)
 from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weights import WeightSource
+
+MLP_ROWS = 2048  # at once: schedulers without a budget make batches of any length
+_RECOMPUTED = ".rotary_emb.inv_freq"  # old files keep it; it follows from the configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,8 @@ class Decoder:
         on_layer: called with the index of each layer once it is loaded, for progress.
 
     Raises:
-        WeightFileError: a weight is missing or has another shape than the configuration says.
+        WeightFileError: a weight is missing, has another shape or type than the configuration
+            says, or has no place in it.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class Decoder:
         self.num_parameters = 0
         self.weight_bytes = 0
         self._weights = weights
+        self._unread = set(weights.names())
         self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
         embedding = self._matrix("model.embed_tokens.weight", shape)
@@ -93,9 +105,15 @@ class Decoder:
             if on_layer is not None:
                 on_layer(layer)
         self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        tied = config.tie_embeddings or "lm_head.weight" not in weights.names()
-        self._lm_head = make_linear(embedding if tied else self._matrix("lm_head.weight", shape))
-        del self._weights
+        output = embedding
+        if config.tie_embeddings:
+            self._unread -= {"lm_head.weight", "lm_head.weight" + SCALES}
+            self.weight_bytes += output.values.nbytes if keeps_copy(output) else 0
+        else:
+            output = self._matrix("lm_head.weight", shape)
+        self._lm_head = make_linear(output)
+        self._check_all_read()
+        del self._weights, self._unread
 
     def _load_layer(self, layer: int) -> _Layer:
         config, prefix = self.config, f"model.layers.{layer}"
@@ -140,21 +158,37 @@ class Decoder:
     def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         """A weight, with its scales if it comes in int8."""
         values = self._read(name, shape)
-        if values.dtype == torch.int8:
-            self.weight_bytes += values.nbytes
-            return Matrix(values, self._weights.tensor(name + SCALES))
-        return Matrix(self._placed(values))
+        if values.dtype != torch.int8:
+            return Matrix(self._placed(name, values))
+        self.weight_bytes += values.nbytes
+        scales = self._weights.tensor(name + SCALES)
+        self._unread.discard(name + SCALES)
+        if tuple(scales.shape) != shape[:1]:
+            raise WeightFileError(f"the scales of {name} have shape {tuple(scales.shape)}")
+        return Matrix(values, scales)
+
+    def _check_all_read(self) -> None:
+        """Refuse weights that the architecture has no place for: answers would be wrong."""
+        unread = sorted(name for name in self._unread if not name.endswith(_RECOMPUTED))
+        if unread:
+            raise WeightFileError(
+                f"{self.config.architecture} as configured has no weight {unread[0]} "
+                f"(nor {len(unread) - 1} others that are in the files)"
+            )
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._placed(self._read(name, shape))
+        return self._placed(name, self._read(name, shape))
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
         placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
         self.weight_bytes += placed.nbytes
         return placed
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._weights.tensor(name)
+        self._unread.discard(name)
         if tuple(tensor.shape) != shape:
             raise WeightFileError(
                 f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
@@ -173,9 +207,12 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             attended = self._attention(index, layer, hidden, angles, batch, cache)
             hidden = hidden + layer.output(attended)
-            gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+            hidden = torch.cat([self._mlp(layer, rows) for rows in hidden.split(MLP_ROWS)])
         return hidden
+
+    def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate) * up)
 
     def _attention(
         self,

@@ -40,13 +40,13 @@ def make_linear(weight: Matrix, bias: torch.Tensor | None = None) -> Linear:
     """A linear layer of `weight` and `bias` (out,).
 
     In float32 on a CPU the weight is reordered for oneDNN once, which is 1.5 to 3 times as fast
-    as `F.linear` between 1 and 64 rows (docs/log.md) and needs no second copy.
+    as `F.linear` between 1 and 64 rows (docs/log.md). The reordered weight is a copy; `weight`
+    itself is needed no more.
     """
     values = weight.values
     if weight.scales is not None:
         return Int8Linear(values, weight.scales, bias)
-    packs = values.device.type == "cpu" and values.dtype == torch.float32
-    if packs and torch.backends.mkldnn.is_available():
+    if keeps_copy(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(values, PACKED_ROWS)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, values, bias)
@@ -58,3 +58,11 @@ def make_embedding(weight: Matrix) -> Embedding:
         return Int8Embedding(weight.values, weight.scales)
     values = weight.values
     return lambda token_ids: F.embedding(token_ids, values)
+
+
+def keeps_copy(weight: Matrix) -> bool:
+    """Whether `make_linear` keeps `weight` in another form, beside what the caller holds."""
+    if weight.scales is not None:
+        return True
+    is_float32_on_cpu = weight.values.device.type == "cpu" and weight.values.dtype == torch.float32
+    return is_float32_on_cpu and bool(torch.backends.mkldnn.is_available())

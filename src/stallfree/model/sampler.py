@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from stallfree.core.counter_random import uniform
 from stallfree.core.sampling_params import SamplingParams
-from stallfree.errors import ExecutorError
 
 _CUT_WIDTHS = (256, 4096)  # likeliest tokens to sort before sorting the whole vocabulary
 
@@ -37,23 +37,25 @@ class SamplerRow:
     end_token_ids: frozenset[int]
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[int]:
+def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
     """One token for each row of `logits` float32 (R, V), which may be overwritten.
 
-    Raises:
-        ExecutorError: logits are not numbers, as with broken weights.
+    A row whose logits are not finite numbers, as with broken weights, gets None; the others are
+    not affected.
     """
-    if not torch.isfinite(logits.amax(dim=-1)).all():
-        raise ExecutorError("the model produced logits that are not finite numbers")
-    for index, row in enumerate(rows):
-        _adjust(logits[index], row)
+    _adjust(logits, rows)
+    broken = ~torch.isfinite(logits.amax(dim=-1))
     tokens = logits.argmax(dim=-1)
-    random_rows = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    random_rows = [
+        index
+        for index, (row, is_broken) in enumerate(zip(rows, broken.tolist(), strict=True))
+        if not (row.params.is_greedy or is_broken)
+    ]
     if random_rows:
         chosen = torch.tensor(random_rows, device=logits.device)
         tokens[chosen] = _draw(logits[chosen], [rows[index] for index in random_rows])
-    result: list[int] = tokens.tolist()
-    return result
+    tokens[broken] = -1
+    return [token if token >= 0 else None for token in tokens.tolist()]
 
 
 def likeliest(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -64,30 +66,77 @@ def likeliest(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ..
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def _adjust(logits: torch.Tensor, row: SamplerRow) -> None:
-    """Apply penalties, biases and `min_tokens` to the logits (V,) of one row, in place."""
-    params = row.params
-    output = row.output_token_ids
-    if params.repetition_penalty != 1:
-        seen = _index([*set(row.prompt_token_ids), *set(output)], logits)
-        values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = _index(output, logits).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.logit_bias:
-        biases = torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        logits[_index(params.logit_bias, logits)] += biases
-    if len(output) < params.min_tokens:
-        forbidden = [*params.stop_token_ids]
-        if not params.ignore_eos:
-            forbidden += row.end_token_ids
-        logits[_index(forbidden, logits)] = -torch.inf
+def _adjust(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
+    """Apply penalties, biases and `min_tokens` to `logits` (R, V), in place."""
+    _penalize_repetition(logits, rows)
+    _penalize_output(logits, rows)
+    biased = _pairs({index: list(row.params.logit_bias) for index, row in enumerate(rows)}, logits)
+    if biased is not None:
+        values = [bias for row in rows for bias in row.params.logit_bias.values()]
+        logits[biased] += torch.tensor(values, device=logits.device)
+    forbidden = _pairs({index: _forbidden(row) for index, row in enumerate(rows)}, logits)
+    if forbidden is not None:
+        logits[forbidden] = -torch.inf
 
 
-def _index(token_ids: Sequence[int] | Mapping[int, float], logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.int64, device=logits.device)
+def _penalize_repetition(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
+    penalized = {i: row for i, row in enumerate(rows) if row.params.repetition_penalty != 1}
+    if not penalized:
+        return
+    seen = torch.zeros(len(penalized), logits.shape[-1], dtype=torch.bool, device=logits.device)
+    for index, row in enumerate(penalized.values()):
+        seen[index, _distinct(tuple(row.prompt_token_ids)).to(logits.device)] = True
+        seen[index, torch.tensor(row.output_token_ids, dtype=torch.int64)] = True
+    own = torch.tensor(list(penalized), device=logits.device)
+    penalty = _column([row.params.repetition_penalty for row in penalized.values()], logits)
+    values = logits[own]
+    changed = torch.where(values > 0, values / penalty, values * penalty)
+    logits[own] = torch.where(seen, changed, values)
+
+
+def _penalize_output(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
+    """Take the presence and frequency penalties from the tokens of each output."""
+    pairs = _pairs(
+        {
+            index: row.output_token_ids
+            for index, row in enumerate(rows)
+            if row.params.presence_penalty or row.params.frequency_penalty
+        },
+        logits,
+    )
+    if pairs is None:
+        return
+    vocab = logits.shape[-1]
+    keys, counts = (pairs[0] * vocab + pairs[1]).unique(return_counts=True)
+    own = keys // vocab
+    presence = _column([row.params.presence_penalty for row in rows], logits)[:, 0]
+    frequency = _column([row.params.frequency_penalty for row in rows], logits)[:, 0]
+    logits[own, keys % vocab] -= presence[own] + frequency[own] * counts
+
+
+def _forbidden(row: SamplerRow) -> list[int]:
+    """Tokens that would end the output too early."""
+    if len(row.output_token_ids) >= row.params.min_tokens:
+        return []
+    ends = () if row.params.ignore_eos else row.end_token_ids
+    return [*row.params.stop_token_ids, *ends]
+
+
+def _pairs(
+    token_ids: Mapping[int, Sequence[int]], logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows and columns of `logits` for the tokens of each row, or None if there are none."""
+    columns = [token for ids in token_ids.values() for token in ids]
+    if not columns:
+        return None
+    own = [index for index, ids in token_ids.items() for _ in ids]
+    return torch.tensor(own, device=logits.device), torch.tensor(columns, device=logits.device)
+
+
+@lru_cache(maxsize=256)
+def _distinct(prompt_token_ids: tuple[int, ...]) -> torch.Tensor:
+    """The different tokens of a prompt, which does not change while its output grows."""
+    return torch.tensor(sorted(set(prompt_token_ids)), dtype=torch.int64)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
@@ -104,9 +153,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
         tokens[~cut] = _invert(probs[~cut], uniforms[~cut])
     if cut.any():
         params = [row.params for row in rows if _cuts(row.params)]
-        likeliest, ids = _cut(probs[cut], params)
-        picked = _invert(likeliest, uniforms[cut])
-        tokens[cut] = ids.gather(1, picked[:, None])[:, 0]
+        tokens[cut] = _draw_cut(probs[cut], params, uniforms[cut])
     return tokens
 
 
@@ -114,29 +161,52 @@ def _cuts(params: SamplingParams) -> bool:
     return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
 
 
-def _cut(
-    probs: torch.Tensor, params: Sequence[SamplingParams]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens of `probs` (R, V), likeliest first, the others set to zero.
+def _draw_cut(
+    probs: torch.Tensor, params: Sequence[SamplingParams], uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Draw from the likeliest tokens of each row of `probs` (R, V).
 
-    top_k first, then top_p of what is left, then min_p against the likeliest.
+    As few tokens are sorted as the row's own cuts need, whatever the other rows need: how many
+    are sorted decides the order of equals.
     """
     vocab = probs.shape[-1]
-    top_k = _column([p.top_k if p.top_k > 0 else vocab for p in params], probs, torch.int64)
+    top_k = _column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], probs)
     top_p = _column([p.top_p for p in params], probs)
     min_p = _column([p.min_p for p in params], probs)
+    tokens = torch.empty(len(params), dtype=torch.int64, device=probs.device)
+    todo = torch.ones(len(params), dtype=torch.bool, device=probs.device)
     for width in (*_CUT_WIDTHS, vocab):
         values, ids = probs.topk(min(width, vocab), dim=-1)
         enough = values.sum(dim=-1, keepdim=True) >= top_p
         enough |= values[:, -1:] < min_p * values[:, :1]
-        if torch.where(top_k < vocab, top_k <= width, enough).all():
+        sorted_far = torch.where(top_k < vocab, top_k <= width, enough)[:, 0]
+        now = todo & (sorted_far | (width >= vocab))
+        kept = _keep(values[now], top_k[now], top_p[now], min_p[now], vocab)
+        picked = _invert(kept, uniforms[now])
+        tokens[now] = ids[now].gather(1, picked[:, None])[:, 0]
+        todo &= ~now
+        if not todo.any():
             break
-    rank = torch.arange(values.shape[-1], device=probs.device)
+    return tokens
+
+
+def _keep(
+    values: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    vocab: int,
+) -> torch.Tensor:
+    """Probabilities (R, n), likeliest first, with those that are cut set to zero.
+
+    top_k first, then top_p of what is left, then min_p against the likeliest.
+    """
+    rank = torch.arange(values.shape[-1], device=values.device)
     kept = torch.where(rank < top_k, values, 0)
     before = kept.cumsum(dim=-1) - kept
     total = torch.where(top_k < vocab, kept.sum(dim=-1, keepdim=True), 1)
     kept = torch.where((before < top_p * total) | (rank == 0), kept, 0)
-    return torch.where(kept >= min_p * kept[:, :1], kept, 0), ids
+    return torch.where(kept >= min_p * kept[:, :1], kept, 0)
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from stallfree.errors import InvalidRequestError
 from stallfree.server.errors import ApiError, shorten
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_BODY_BYTES = 1024 * 1024  # reading more would hold up the streams of others
 
 
 async def read_object(request: Request) -> dict[str, Any]:
