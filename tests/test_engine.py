@@ -312,6 +312,8 @@ def test_a_stuck_scheduler_is_never_silent(engine: Engine) -> None:
     ("change", "match"),
     [
         ({"kv_cache_memory_bytes": 100}, "one block of 16 tokens takes"),
+        ({"kv_cache_memory_bytes": 1 << 60, "max_num_seqs": 1 << 40}, "are free on cpu"),
+        ({"device": "meta"}, "must be one of auto, cpu, cuda"),
         ({"max_model_len": 2049}, "longest context is 2048"),
         (
             {"max_model_len": 2048, "kv_cache_memory_bytes": 1 << 19},

@@ -153,6 +153,11 @@ def test_the_process_ends_with_its_engine(folder: Path) -> None:
         assert server.returncode == 1
 
 
+def test_a_host_that_is_no_name() -> None:
+    with pytest.raises(ConfigError, match=r"'a\.\.b' is not a name or an address"):
+        bind("a..b", 0)
+
+
 def test_a_port_in_use(tmp_path: Path) -> None:
     engine = AsyncEngine(tiny_engine(tmp_path))
     with bind("127.0.0.1", 0) as taken:

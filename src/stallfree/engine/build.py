@@ -202,7 +202,12 @@ def _make_cache(
     block_size = settings.block_size
     block_bytes = block_size * config.kv_values_per_token * dtype.itemsize
     memory = settings.kv_cache_memory_bytes or int(default_share(device) * free_bytes(device))
-    num_blocks = memory // block_bytes
+    most_useful = settings.max_num_seqs * -(-context // block_size)
+    num_blocks = min(memory // block_bytes, most_useful)
+    if num_blocks * block_bytes > free_bytes(device):
+        raise ConfigError(
+            f"kv_cache_memory is {memory} bytes, but {free_bytes(device)} are free on {device}"
+        )
     if num_blocks < 1:
         raise ConfigError(
             f"kv_cache_memory is {memory} bytes; one block of {block_size} tokens takes "
@@ -214,8 +219,6 @@ def _make_cache(
             f"{num_blocks * block_size} tokens: raise kv_cache_memory to at least "
             f"{-(-context // block_size) * block_bytes} or lower max_model_len"
         )
-    useful = settings.max_num_seqs * -(-context // block_size)
-    num_blocks = min(num_blocks, useful)
     try:
         return KVCache(config, num_blocks, block_size, dtype, device)
     except (RuntimeError, MemoryError) as error:

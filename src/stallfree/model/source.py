@@ -40,15 +40,15 @@ def open_model(model: str | None, revision: str | None = None) -> ModelSource:
     """Find a model, fetching it if need be, and open its files. No tensor is read.
 
     Args:
-        model: a folder, a GGUF file, a hub id `org/name` or `org/name:FILE.gguf`; None for the
-            embedded default.
+        model: a folder, a GGUF file, a hub id `org/name` or `org/name:FILE.gguf`; None, or its
+            name, for the embedded default.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         ConfigError: there is nothing of that name, or a revision of something local is asked for.
         ModelError: it is incomplete, corrupt, not supported, or cannot be fetched.
     """
-    if model is None:
+    if model is None or (model == demo.DEMO.name and not os.path.exists(model)):
         _refuse_revision(revision, "the default model")
         return _open_gguf(demo.assemble(), demo.DEMO.name)
     path = Path(os.path.expanduser(model))  # unlike Path's, it never raises

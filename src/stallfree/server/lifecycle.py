@@ -39,6 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server((str(address[0]), port), family=family)
+    except UnicodeError as error:
+        reason = f"host {host!r} is not a name or an address: {error.args[-1]}"
     except OSError as error:
         match error.errno:
             case errno.EADDRINUSE:
