@@ -102,7 +102,7 @@ class EngineSettings:
         str,
         Flag(
             f"Type of weights: {', '.join(DTYPES)}. int8 is for CPUs: a quarter of the memory and "
-            "about three times as fast as float32, but answers may depend on what else runs.",
+            "two to four times as fast as float32, but answers may depend on what else runs.",
             "DTYPE",
             panel="Memory",
         ),
