@@ -180,7 +180,9 @@ def _read_events(response: http.client.HTTPResponse, record: Record, started: fl
         event = json.loads(line.removeprefix(b"data:"))
         if "error" in event:
             record.error = str(event["error"])
-        if event.get("choices"):
+        choices = event.get("choices")
+        if choices and (choices[0].get("text") or not choices[0].get("finish_reason")):
+            # llama.cpp tells the end in an event of its own, which brings no token
             record.token_s.append(round(arrived, 5))
         if event.get("usage"):
             record.prompt_tokens = event["usage"]["prompt_tokens"]

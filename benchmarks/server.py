@@ -1,8 +1,11 @@
-"""A `stallfree serve` process for the length of a benchmark, and the machine it runs on."""
+"""A server process for the length of a benchmark, and the machine it runs on."""
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -10,14 +13,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from stallfree.engine.settings import available_cpus
 
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 1200.0
 STOP_TIMEOUT_S = 15.0
 
 
@@ -29,24 +33,52 @@ class ServerError(Exception):
 def serving(arguments: Sequence[str]) -> Iterator[str]:
     """Run `stallfree serve` with these arguments on a free port; gives its URL.
 
-    The server is killed when the block ends, however it ends.
+    The server is ended when the block ends, however it ends.
 
     Raises:
         ServerError: it ended, or did not become healthy in time.
     """
-    port = _free_port()
-    command = [sys.executable, "-m", "stallfree.cli", "serve", *arguments, "--port", str(port)]
+    port = free_port()
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        running(serve_command(arguments, port), port, log) as url,
+    ):
+        yield url
+
+
+def serve_command(arguments: Sequence[str], port: int) -> list[str]:
+    """The command line of `stallfree serve` with these arguments."""
+    return [sys.executable, "-m", "stallfree.cli", "serve", *arguments, "--port", str(port)]
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, log: IO[str], environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run a server and wait until its `/health` answers; gives its URL.
+
+    When the block ends, however it ends, so do the server and every process that it started.
+
+    Args:
+        command: what starts it.
+        port: where it will listen on this machine.
+        log: an open file for what it prints.
+        environment: its variables; None for those of this process.
+
+    Raises:
+        ServerError: it ended, or did not become healthy in time.
+    """
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            if not _becomes_healthy(process, url):
-                log.seek(0)
-                raise ServerError(f"{' '.join(command)}\n{log.read()[-2000:]}")
-            yield url
-        finally:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+    try:
+        if not _becomes_healthy(process, url):
+            log.seek(0)
+            raise ServerError(f"{shlex.join(command)}\n{log.read()[-2000:]}")
+        yield url
+    finally:
+        _end(process)
 
 
 def machine_facts() -> dict[str, object]:
@@ -72,7 +104,21 @@ def _becomes_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
     return False
 
 
-def _free_port() -> int:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its group: gently first, for some would leave shared memory behind."""
+    process.terminate()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    with suppress(ProcessLookupError):  # once none of the group is left
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(STOP_TIMEOUT_S)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -144,7 +144,7 @@ def _measure(
     name: str, url: str, model: str | None, load: Load, budget: int | None = None
 ) -> dict[str, Any]:
     api_key = os.environ.get(API_KEY_VARIABLE)
-    target = Target(url, model or _first_model(Target(url, "", api_key)), api_key)
+    target = Target(url, model or first_model(Target(url, "", api_key)), api_key)
     print(f"{name}: warming up", file=sys.stderr)
     send(target, make_prompt(load.prompt_words, load.seed - 1), 8, time.perf_counter())
     print(f"{name}: {load.clients} clients, {load.long_count} long prompts", file=sys.stderr)
@@ -160,7 +160,12 @@ def _measure(
     }
 
 
-def _first_model(target: Target) -> str:
+def first_model(target: Target) -> str:
+    """The name of the first model that a server lists.
+
+    Raises:
+        ServerError: it does not answer.
+    """
     request = urllib.request.Request(f"{target.url}/v1/models", headers=target.headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import os
 from tempfile import TemporaryDirectory
 
 import pytest
 
+_CACHE = pytest.StashKey[TemporaryDirectory[str]]()
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache() -> Iterator[None]:
-    with (
-        TemporaryDirectory(prefix="stallfree-tests-") as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("STALLFREE_CACHE", str(Path(folder)))
-        yield
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is collected: compiled kernels go there when they are imported."""
+    folder = TemporaryDirectory(prefix="stallfree-tests-")
+    config.stash[_CACHE] = folder
+    os.environ["STALLFREE_CACHE"] = folder.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_CACHE].cleanup()

@@ -80,7 +80,7 @@ def test_the_picture_is_drawn_from_a_stored_result(tmp_path: Path) -> None:
 
 
 class Answerer(BaseHTTPRequestHandler):
-    """Streams as many tokens as asked for; refuses prompts of one word."""
+    """Streams as many tokens as asked for, then an end without one; refuses one-word prompts."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -91,7 +91,8 @@ class Answerer(BaseHTTPRequestHandler):
         self.end_headers()
         usage = {"prompt_tokens": 20, "completion_tokens": body["max_tokens"]}
         events = [{"choices": [{"text": "x"}]}] * body["max_tokens"]
-        for event in [*events, {"choices": [], "usage": usage}]:
+        end = {"choices": [{"text": "", "finish_reason": "length"}]}
+        for event in [*events, end, {"choices": [], "usage": usage}]:
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         self.wfile.write(b"data: [DONE]\n\n")
 

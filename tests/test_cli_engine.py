@@ -251,8 +251,8 @@ def server(model: Path) -> Iterator[Server]:
 
 def test_serve_sums_up_what_it_serves(server: Server) -> None:
     for fact in (
-        *("serves tiny-qwen2", "Qwen2ForCausalLM", "parameters, float32", "KV cache"),
-        *("tokens in blocks of 16", "sarathi, at most 64 tokens an iteration"),
+        *("serves tiny-qwen2", "Qwen2ForCausalLM", "parameters, int8", "KV cache"),
+        *("tokens in blocks of 16", "sarathi, at most 96 tokens an iteration"),
         *("2,048 tokens", "cpu, 1 thread;", "http://127.0.0.1:"),
     ):
         assert fact in server.shown

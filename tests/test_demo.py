@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from stallfree.cache import atomic_file, cache_folder
 from stallfree.errors import ModelError
 from stallfree.model import demo
-from stallfree.model.cache import atomic_file, cache_folder
 from stallfree.model.demo import DEMO, EmbeddedModel, assemble
 
 PIECES = (b"GGUF" + bytes(5000), os.urandom(70_000), b"end")

@@ -43,7 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> EngineSettings:
     return EngineSettings(
-        model=str(folder), token_budget=16, kv_cache_memory_bytes=1 << 20, threads=1
+        model=str(folder),
+        dtype="float32",
+        token_budget=16,
+        kv_cache_memory_bytes=1 << 20,
+        threads=1,
     )
 
 

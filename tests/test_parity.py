@@ -20,10 +20,9 @@ from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.executor.torch_executor import TorchExecutor
-from stallfree.model.attention import make_spans
 from stallfree.model.config import ModelConfig
-from stallfree.model.decoder import Decoder, ModelInput, windows_of
-from stallfree.model.kv_cache import KVCache
+from stallfree.model.decoder import Decoder
+from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.weights import SafetensorsWeights
 
 STEPS = 64
@@ -122,18 +121,11 @@ def make_prompts(vocab_size: int) -> list[list[int]]:
 def run_chunked(decoder: Decoder, tokens: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
     """Logits (T, V) of a prompt run in chunks that end at `cuts`, over scattered blocks."""
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
-    cache = KVCache(decoder.config, 2 * num_blocks, BLOCK_SIZE)
-    blocks = torch.tensor(random.Random(3).sample(range(2 * num_blocks), num_blocks))
-    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
+    cache = decoder.make_cache(2 * num_blocks, BLOCK_SIZE)
+    blocks = random.Random(3).sample(range(2 * num_blocks), num_blocks)
     logits = []
     for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        spans = {
-            window: list(make_spans(0, start, stop, slots[:stop], window))
-            for window in windows_of(decoder.config)
-        }
-        batch = ModelInput(
-            torch.tensor(tokens[start:stop]), torch.arange(start, stop), slots[start:stop], spans
-        )
+        batch = ModelInput(tokens[start:stop], [Rows(0, start, stop, blocks)])
         logits.append(decoder.logits(decoder.forward(batch, cache)))
     return torch.cat(logits)
 
@@ -153,7 +145,7 @@ def serve(
     """Run all prompts together to their ends."""
     config = SchedulerConfig(policy, max_num_seqs=16, max_model_len=MAX_MODEL_LEN)
     scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE), StaticBudget(budget))
-    executor = TorchExecutor(decoder, KVCache(decoder.config, num_blocks, BLOCK_SIZE))
+    executor = TorchExecutor(decoder, decoder.make_cache(num_blocks, BLOCK_SIZE))
     params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
     requests = [
         Request(str(index), prompt, params, max_tokens=STEPS)

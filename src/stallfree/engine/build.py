@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -23,13 +25,36 @@ from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
 from stallfree.model.int8 import is_supported as is_int8_supported
 from stallfree.model.int8_cache import int8_weights
+from stallfree.model.int8_decoder import Int8Decoder, Int8KVCache
 from stallfree.model.kv_cache import KVCache
 from stallfree.model.source import ModelSource, open_model
 
-# By kind of device: the default token budget, and the rows that its matrix kernels round up to.
-TOKEN_BUDGETS = {"cpu": 64, "cuda": 512}
-TILE_TOKENS = {"cpu": 16, "cuda": 128}
-DEVICES = tuple(TOKEN_BUDGETS)
+# By what computes: the default token budget, and the rows that its matrix kernels round up to.
+TOKEN_BUDGETS = {"int8": 96, "cpu": 64, "cuda": 512}
+TILE_TOKENS = {"int8": 6, "cpu": 16, "cuda": 128}
+INT8_BLOCK_TOKENS = 16  # a block of the KV cache is a multiple of these
+DEVICES = ("cpu", "cuda")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arithmetic:
+    """What the model computes in.
+
+    Attributes:
+        dtype: of activations, and of weights unless `int8`.
+        kv_dtype: of the KV cache.
+    """
+
+    int8: bool
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
 
 def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
@@ -43,30 +68,31 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     threads = settings.threads or available_cpus()
     torch.set_num_threads(threads)
     device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    arithmetic = _arithmetic(settings, device)
+    kind = "int8" if arithmetic.int8 else device.type
     source = open_model(settings.model, settings.revision)
     config = ModelConfig.from_hf(source.hf_config)
     tokenizer = load_tokenizer(source)
     context = _context(settings, config)
-    decoder = _load(settings, config, source, context, dtype, device, show_progress)
-    cache = _make_cache(settings, config, context, dtype, device)
+    decoder = _load(config, source, context, arithmetic, device, threads, show_progress)
+    cache = _make_cache(settings, decoder, context, device)
     pool = BlockPool(cache.num_blocks, cache.block_size)
     max_model_len = min(context, pool.num_tokens)
     scheduler = Scheduler(
         SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
         pool,
-        StaticBudget(settings.token_budget or TOKEN_BUDGETS[device.type], TILE_TOKENS[device.type]),
+        StaticBudget(settings.token_budget or TOKEN_BUDGETS[kind], TILE_TOKENS[kind]),
     )
     facts = EngineFacts(
         model_name=source.name,
         architecture=config.architecture,
         vocab_size=config.vocab_size,
         num_parameters=decoder.num_parameters,
-        dtype="int8" if settings.dtype == "int8" else str(dtype).removeprefix("torch."),
+        dtype=arithmetic.name,
         device=str(device),
         threads=threads,
         weight_bytes=decoder.weight_bytes,
-        kv_cache_bytes=pool.num_tokens * config.kv_values_per_token * dtype.itemsize,
+        kv_cache_bytes=pool.num_tokens * decoder.kv_bytes_per_token,
         kv_cache_tokens=pool.num_tokens,
         kv_cache_share=None if settings.kv_cache_memory_bytes else default_share(device),
         block_size=pool.block_size,
@@ -107,18 +133,44 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of activations and KV cache; half precision only where the device has it."""
+def _arithmetic(settings: EngineSettings, device: torch.device) -> _Arithmetic:
+    """int8 where it can be; else half precision where the device has it; else float32."""
+    name = settings.dtype
+    if name == "int8" or (name == "auto" and device.type == "cpu"):
+        if device.type == "cpu" and is_int8_supported():
+            return _int8(settings)
+        problem = f"int8 needs an x86-64 CPU with AVX2 and PyTorch with libgomp; this is {device}"
+        if name == "int8":
+            raise ConfigError(f"dtype {problem}: use --dtype auto")
+        _log.warning("%s without: the model runs in float32, several times slower", problem)
+    if settings.kv_cache_dtype not in ("auto", name):
+        raise ConfigError(
+            f"kv_cache_dtype is {settings.kv_cache_dtype!r}; only with dtype int8 can it be "
+            "another type than the weights': leave it out"
+        )
+    dtype = _float_type(name, device)
+    return _Arithmetic(int8=False, dtype=dtype, kv_dtype=dtype)
+
+
+def _int8(settings: EngineSettings) -> _Arithmetic:
+    if settings.block_size % INT8_BLOCK_TOKENS:
+        raise ConfigError(
+            f"block_size is {settings.block_size}; with dtype int8 it must be a multiple of "
+            f"{INT8_BLOCK_TOKENS}"
+        )
+    is_float32 = settings.kv_cache_dtype == "float32"
+    return _Arithmetic(
+        int8=True,
+        dtype=torch.float32,
+        kv_dtype=torch.float32 if is_float32 else torch.float16,
+    )
+
+
+def _float_type(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if _is_native(torch.bfloat16, device) else torch.float16
-    if name == "int8":
-        if device.type != "cpu" or not is_int8_supported():
-            raise ConfigError(
-                f"dtype int8 needs a CPU with AVX2 or better; this is {device}: use --dtype auto"
-            )
-        return torch.float32
     dtype: torch.dtype = getattr(torch, name)
     if not _is_native(dtype, device):
         raise ConfigError(
@@ -154,14 +206,14 @@ def _context(settings: EngineSettings, config: ModelConfig) -> int:
 
 
 def _load(
-    settings: EngineSettings,
     config: ModelConfig,
     source: ModelSource,
     context: int,
-    dtype: torch.dtype,
+    arithmetic: _Arithmetic,
     device: torch.device,
+    threads: int,
     show_progress: bool,
-) -> Decoder:
+) -> Decoder | Int8Decoder:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -172,7 +224,7 @@ def _load(
     hidden = not (show_progress and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         weights = source.weights
-        if settings.dtype == "int8":
+        if arithmetic.int8:
             rounding = bar.add_task(f"rounding {source.name} to int8, once", total=None)
             weights = int8_weights(
                 source.path,
@@ -181,26 +233,42 @@ def _load(
             )
             bar.remove_task(rounding)
         loading = bar.add_task(f"loading layers of {source.name}", total=config.num_layers)
-        return Decoder(
+
+        def on_layer(layer: int) -> None:
+            bar.update(loading, completed=layer + 1)
+
+        if not arithmetic.int8:
+            return Decoder(
+                config,
+                weights,
+                max_positions=context,
+                dtype=arithmetic.dtype,
+                device=device,
+                on_layer=on_layer,
+            )
+        decoder = Int8Decoder(
             config,
             weights,
             max_positions=context,
-            dtype=dtype,
-            device=device,
-            on_layer=lambda layer: bar.update(loading, completed=layer + 1),
+            threads=threads,
+            kv_dtype=arithmetic.kv_dtype,
+            on_layer=on_layer,
         )
+        bar.remove_task(loading)
+        bar.add_task("compiling kernels for this processor, once", total=None)
+        decoder.compile()
+        return decoder
 
 
 def _make_cache(
     settings: EngineSettings,
-    config: ModelConfig,
+    decoder: Decoder | Int8Decoder,
     context: int,
-    dtype: torch.dtype,
     device: torch.device,
-) -> KVCache:
+) -> KVCache | Int8KVCache:
     """The KV cache: as large as asked or a share of free memory, and no larger than of use."""
     block_size = settings.block_size
-    block_bytes = block_size * config.kv_values_per_token * dtype.itemsize
+    block_bytes = block_size * decoder.kv_bytes_per_token
     memory = settings.kv_cache_memory_bytes or int(default_share(device) * free_bytes(device))
     most_useful = settings.max_num_seqs * -(-context // block_size)
     num_blocks = min(memory // block_bytes, most_useful)
@@ -220,7 +288,7 @@ def _make_cache(
             f"{-(-context // block_size) * block_bytes} or lower max_model_len"
         )
     try:
-        return KVCache(config, num_blocks, block_size, dtype, device)
+        return decoder.make_cache(num_blocks, block_size)
     except (RuntimeError, MemoryError) as error:
         raise ConfigError(
             f"the KV cache of {num_blocks * block_bytes} bytes cannot be allocated: "

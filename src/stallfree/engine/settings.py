@@ -20,6 +20,7 @@ from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
 MAX_PORT = 65_535
 MAX_SEED = 2**63 - 1
@@ -66,7 +67,7 @@ class EngineSettings:
             "Most tokens an iteration holds, decodes first: smaller keeps the time between "
             "tokens shorter, larger reads prompts faster.",
             "TOKENS",
-            unset="64 on a CPU, 512 on a CUDA GPU",
+            unset="96 on a CPU in int8, 64 in floats, 512 on a CUDA GPU",
             panel="Scheduling",
         ),
     ] = None
@@ -101,8 +102,17 @@ class EngineSettings:
     dtype: Annotated[
         str,
         Flag(
-            f"Type of weights: {', '.join(DTYPES)}. int8 is for CPUs: a quarter of the memory and "
-            "two to four times as fast as float32, but answers may depend on what else runs.",
+            f"Type of weights: {', '.join(DTYPES)}. auto is int8 on a CPU, a quarter of the memory "
+            "and four times as fast as float32, whose answers are the model's own.",
+            "DTYPE",
+            panel="Memory",
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        str,
+        Flag(
+            f"Type of the KV cache: {', '.join(KV_CACHE_DTYPES)}. auto is float16 with weights in "
+            "int8, else that of the weights.",
             "DTYPE",
             panel="Memory",
         ),
@@ -128,6 +138,7 @@ class EngineSettings:
             raise ConfigError(f"revision is {self.revision!r}, but no model is named")
         _check_choice("scheduler", self.scheduler, tuple(POLICIES))
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; write it as auto, cpu, cuda or cuda:1")
         _check_range("token_budget", self.token_budget, 1)

@@ -19,9 +19,9 @@ from typing import Any
 
 import tokenizers
 
+from stallfree.cache import atomic_file, cache_folder
 from stallfree.engine.gguf_tokenizer import convert_gguf
 from stallfree.errors import ModelError, TokenizerError
-from stallfree.model.cache import atomic_file, cache_folder
 
 _FORMAT = 1  # of the cached file; also to be raised if a conversion changes
 _MAX_ENTRIES = 32

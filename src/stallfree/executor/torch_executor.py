@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.executor.output import ExecutorOutput, PositionLogprobs, Sample
-from stallfree.model.attention import Span, make_spans
-from stallfree.model.decoder import Decoder, ModelInput, windows_of
-from stallfree.model.kv_cache import KVCache
+from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.sampler import SamplerRow, likeliest, sample
 
 LOGIT_ROWS = 64  # rows of logits held at once where a prompt's log probabilities are asked for
 
 
+class _Decoder(Protocol):
+    """What runs a batch: see `Decoder` and `Int8Decoder`."""
+
+    def forward(self, batch: ModelInput, cache: Any) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
 class TorchExecutor:
     """An `Executor` over a decoder and its KV cache."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: _Decoder, cache: Any) -> None:
         self.decoder = decoder
         self.cache = cache
-        self._offsets = torch.arange(cache.block_size, device=decoder.device)
 
     def execute(self, batch: Batch) -> ExecutorOutput:
         """Run the batch as one packed forward pass, then sample."""
@@ -30,7 +36,7 @@ class TorchExecutor:
             return self._execute(batch)
 
     def _execute(self, batch: Batch) -> ExecutorOutput:
-        hidden = self.decoder.forward(self._prepare(batch), self.cache)
+        hidden = self.decoder.forward(_model_input(batch), self.cache)
         rows, sampling_rows, prompt_logprobs = 0, [], {}
         for chunk in batch.chunks:
             if _wants_prompt_logprobs(chunk):
@@ -43,35 +49,6 @@ class TorchExecutor:
             return ExecutorOutput((), prompt_logprobs)
         logits = self.decoder.logits(hidden[sampling_rows])
         return ExecutorOutput(_sample(logits, batch.sampling), prompt_logprobs)
-
-    def _prepare(self, batch: Batch) -> ModelInput:
-        """The batch as tensors, its chunks one after the other."""
-        device = self.decoder.device
-        token_ids: list[int] = []
-        positions, slots = [], []
-        spans: dict[int | None, list[Span]] = {w: [] for w in windows_of(self.decoder.config)}
-        for chunk in batch.chunks:
-            context_slots = self._context_slots(chunk)
-            for window, of_window in spans.items():
-                of_window += make_spans(
-                    len(token_ids), chunk.start, chunk.stop, context_slots, window
-                )
-            token_ids += chunk.request.tokens(chunk.start, chunk.stop)
-            positions.append(torch.arange(chunk.start, chunk.stop, device=device))
-            slots.append(context_slots[chunk.start :])
-        return ModelInput(
-            token_ids=torch.tensor(token_ids, device=device),
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
-            spans=spans,
-        )
-
-    def _context_slots(self, chunk: Chunk) -> torch.Tensor:
-        """Slots int64 (chunk.stop,) of all positions up to the chunk's last."""
-        block_size = self.cache.block_size
-        table = chunk.request.block_table[: -(-chunk.stop // block_size)]
-        blocks = torch.tensor(table, device=self.decoder.device)
-        return (blocks[:, None] * block_size + self._offsets).flatten()[: chunk.stop]
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> tuple[PositionLogprobs, ...]:
         """Log probabilities of the prompt tokens that the rows (t, hidden) of a chunk predict."""
@@ -86,6 +63,17 @@ class TorchExecutor:
                 _position(row, token, wanted) for row, token in zip(logprobs, some, strict=True)
             )
         return tuple(result)
+
+
+def _model_input(batch: Batch) -> ModelInput:
+    """The batch's chunks one after the other."""
+    token_ids: list[int] = []
+    chunks = []
+    for chunk in batch.chunks:
+        table = chunk.request.block_table
+        chunks.append(Rows(len(token_ids), chunk.start, chunk.stop, table))
+        token_ids += chunk.request.tokens(chunk.start, chunk.stop)
+    return ModelInput(token_ids, chunks)
 
 
 def _wants_prompt_logprobs(chunk: Chunk) -> bool:

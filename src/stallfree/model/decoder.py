@@ -1,51 +1,28 @@
-"""The decoder of the Llama family: a plain forward pass over the packed rows of a batch.
+"""The decoder of the Llama family in PyTorch: a plain forward pass over the rows of a batch.
+
+It runs in floats on any device. On CPUs `Int8Decoder` is what is faster.
 
 Legend of shapes: T rows (tokens) of the batch, H query heads, K key heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from stallfree.errors import WeightFileError
-from stallfree.model.attention import Span, attend
+from stallfree.model.attention import Span, attend, make_spans
 from stallfree.model.config import ModelConfig
-from stallfree.model.int8_cache import SCALES
 from stallfree.model.kv_cache import KVCache
-from stallfree.model.linear import (
-    Linear,
-    Matrix,
-    keeps_copy,
-    make_embedding,
-    make_linear,
-    stack,
-)
+from stallfree.model.linear import Linear, keeps_copy, make_linear
+from stallfree.model.model_input import ModelInput
 from stallfree.model.rope import Rope, apply_rope
+from stallfree.model.weight_reader import WeightReader, names_of_layer
 from stallfree.model.weights import WeightSource
 
 MLP_ROWS = 2048  # at once: schedulers without a budget make batches of any length
-_RECOMPUTED = ".rotary_emb.inv_freq"  # old files keep it; it follows from the configuration
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """One batch as tensors.
-
-    Attributes:
-        token_ids: int64 (T,).
-        positions: int64 (T,), of each token in its request.
-        slots: int64 (T,), the KV slot that each token is written to.
-        spans: by sliding window (None: none), the spans that cover all rows.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    spans: dict[int | None, list[Span]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +39,27 @@ class _Layer:
     down: Linear
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A batch on the device: the same in every layer, so made once.
+
+    Attributes:
+        angles: (T, 2, D), see `Rope.at`.
+        slots: int64 (T,), the KV slot that each token is written to.
+        spans: by sliding window (None: none), the spans that cover all rows.
+    """
+
+    angles: torch.Tensor
+    slots: torch.Tensor
+    spans: dict[int | None, list[Span]]
+
+
 class Decoder:
     """A model with its weights.
 
     Args:
         config: its shape.
-        weights: read one tensor at a time, so that nothing is in memory twice. Matrices may come
-            in int8 (see `int8_cache`).
+        weights: read one tensor at a time, so that nothing is in memory twice.
         max_positions: longest context in tokens, for rope scalings that depend on it.
         dtype, device: of the weights and the computation.
         on_layer: called with the index of each layer once it is loaded, for progress.
@@ -91,110 +82,65 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
-        self.num_parameters = 0
         self.weight_bytes = 0
-        self._weights = weights
-        self._unread = set(weights.names())
+        self._reader = WeightReader(config, weights)
         self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
-        embedding = self._matrix("model.embed_tokens.weight", shape)
-        self._embedding = make_embedding(embedding)
+        self._embedding = self._tensor("model.embed_tokens.weight", shape)
         self._layers = []
         for layer in range(config.num_layers):
             self._layers.append(self._load_layer(layer))
             if on_layer is not None:
                 on_layer(layer)
         self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        output = embedding
-        if config.tie_embeddings:
-            self._unread -= {"lm_head.weight", "lm_head.weight" + SCALES}
-            self.weight_bytes += output.values.nbytes if keeps_copy(output) else 0
-        else:
-            output = self._matrix("lm_head.weight", shape)
+        output = self._embedding
+        if not config.tie_embeddings:
+            output = self._tensor("lm_head.weight", shape)
+        elif keeps_copy(output):
+            self.weight_bytes += output.nbytes
         self._lm_head = make_linear(output)
-        self._check_all_read()
-        del self._weights, self._unread
+        self._reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
+        self.num_parameters = self._reader.num_parameters
+        del self._reader
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the KV cache that a token takes."""
+        size: int = self.dtype.itemsize
+        return self.config.kv_values_per_token * size
+
+    def make_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """A KV cache for this model."""
+        return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
     def _load_layer(self, layer: int) -> _Layer:
-        config, prefix = self.config, f"model.layers.{layer}"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        q_size = config.num_heads * config.head_dim
-        kv_size = config.num_kv_heads * config.head_dim
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        config, names = self.config, names_of_layer(self.config, layer)
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         head_norm = (config.head_dim,)
         return _Layer(
-            input_norm=self._tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=self._linear(
-                {
-                    f"{attention}.q_proj": q_size,
-                    f"{attention}.k_proj": kv_size,
-                    f"{attention}.v_proj": kv_size,
-                },
-                hidden,
-                config.qkv_bias,
-            ),
-            q_norm=self._tensor(f"{attention}.q_norm.weight", head_norm)
-            if config.qk_norm
-            else None,
-            k_norm=self._tensor(f"{attention}.k_norm.weight", head_norm)
-            if config.qk_norm
-            else None,
-            output=self._linear({f"{attention}.o_proj": hidden}, q_size, config.output_bias),
-            mlp_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=self._linear(
-                {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, hidden, config.mlp_bias
-            ),
-            down=self._linear({f"{mlp}.down_proj": hidden}, inner, config.mlp_bias),
+            input_norm=self._tensor(names.input_norm, (hidden,)),
+            qkv=self._linear(names.qkv, hidden, config.qkv_bias),
+            q_norm=self._tensor(names.q_norm, head_norm) if config.qk_norm else None,
+            k_norm=self._tensor(names.k_norm, head_norm) if config.qk_norm else None,
+            output=self._linear(names.output, heads, config.output_bias),
+            mlp_norm=self._tensor(names.mlp_norm, (hidden,)),
+            gate_up=self._linear(names.gate_up, hidden, config.mlp_bias),
+            down=self._linear(names.down, config.intermediate_size, config.mlp_bias),
         )
 
     def _linear(self, out_sizes: dict[str, int], in_size: int, has_bias: bool) -> Linear:
         """One layer of several projections of the same input, one under the other."""
-        weights = [self._matrix(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
+        weights = [self._tensor(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
         bias = None
         if has_bias:
             bias = torch.cat([self._tensor(f"{n}.bias", (size,)) for n, size in out_sizes.items()])
-        return make_linear(stack(weights), bias)
-
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
-        """A weight, with its scales if it comes in int8."""
-        values = self._read(name, shape)
-        if values.dtype != torch.int8:
-            return Matrix(self._placed(name, values))
-        self.weight_bytes += values.nbytes
-        scales = self._weights.tensor(name + SCALES)
-        self._unread.discard(name + SCALES)
-        if tuple(scales.shape) != shape[:1]:
-            raise WeightFileError(f"the scales of {name} have shape {tuple(scales.shape)}")
-        return Matrix(values, scales)
-
-    def _check_all_read(self) -> None:
-        """Refuse weights that the architecture has no place for: answers would be wrong."""
-        unread = sorted(name for name in self._unread if not name.endswith(_RECOMPUTED))
-        if unread:
-            raise WeightFileError(
-                f"{self.config.architecture} as configured has no weight {unread[0]} "
-                f"(nor {len(unread) - 1} others that are in the files)"
-            )
+        return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._placed(name, self._read(name, shape))
-
-    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
-        placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        read = self._reader.floats(name, shape)
+        placed = read.to(device=self.device, dtype=self.dtype).contiguous()
         self.weight_bytes += placed.nbytes
         return placed
-
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._weights.tensor(name)
-        self._unread.discard(name)
-        if tuple(tensor.shape) != shape:
-            raise WeightFileError(
-                f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
-            )
-        self.num_parameters += tensor.numel()
-        return tensor
 
     def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
@@ -202,26 +148,36 @@ class Decoder:
         Returns:
             The last hidden states (T, hidden), for `logits`.
         """
-        hidden = self._embedding(batch.token_ids)  # (T, hidden)
-        angles = self._rope.at(batch.positions, self.dtype)
+        placed = self._place(batch, cache.block_size)
+        token_ids = torch.tensor(batch.token_ids, device=self.device)
+        hidden = F.embedding(token_ids, self._embedding)  # (T, hidden)
         for index, layer in enumerate(self._layers):
-            attended = self._attention(index, layer, hidden, angles, batch, cache)
+            attended = self._attention(index, layer, hidden, placed, cache)
             hidden = hidden + layer.output(attended)
             hidden = torch.cat([self._mlp(layer, rows) for rows in hidden.split(MLP_ROWS)])
         return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""
+        return self._lm_head(self._rms_norm(hidden, self._norm)).float()
+
+    def _place(self, batch: ModelInput, block_size: int) -> _Placed:
+        slots = []
+        spans: dict[int | None, list[Span]] = {w: [] for w in self.config.sliding_windows}
+        for chunk in batch.chunks:
+            context = chunk.slots(block_size).to(self.device)
+            slots.append(context[chunk.start :])
+            for window, of_window in spans.items():
+                of_window += make_spans(chunk.first_row, chunk.start, chunk.stop, context, window)
+        angles = self._rope.at(batch.positions().to(self.device), self.dtype)
+        return _Placed(angles, torch.cat(slots), spans)
 
     def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
         gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return hidden + layer.down(F.silu(gate) * up)
 
     def _attention(
-        self,
-        index: int,
-        layer: _Layer,
-        hidden: torch.Tensor,
-        angles: torch.Tensor,
-        batch: ModelInput,
-        cache: KVCache,
+        self, index: int, layer: _Layer, hidden: torch.Tensor, batch: _Placed, cache: KVCache
     ) -> torch.Tensor:
         """Heads of the attention, one after the other: (T, H * D)."""
         config = self.config
@@ -230,18 +186,9 @@ class Decoder:
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
-        cache.write(index, batch.slots, apply_rope(k, angles), v)
+        cache.write(index, batch.slots, apply_rope(k, batch.angles), v)
         spans = batch.spans[config.sliding_windows[index]]
-        return attend(apply_rope(q, angles), cache, index, spans).flatten(1)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""
-        return self._lm_head(self._rms_norm(hidden, self._norm)).float()
+        return attend(apply_rope(q, batch.angles), cache, index, spans).flatten(1)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
-
-
-def windows_of(config: ModelConfig) -> Iterable[int | None]:
-    """The different sliding windows that the layers use."""
-    return dict.fromkeys(config.sliding_windows)

@@ -18,8 +18,8 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from stallfree.cache import atomic_file, cache_folder, temporary_prefix, writing_to
 from stallfree.errors import ModelError
-from stallfree.model.cache import atomic_file, cache_folder, temporary_prefix, writing_to
 
 _CHUNK_BYTES = 1 << 22
 _LOCK_TIMEOUT_S = 600.0

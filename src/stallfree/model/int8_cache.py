@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from stallfree.cache import atomic_file, cache_folder
 from stallfree.errors import ModelError, WeightFileError
-from stallfree.model.cache import atomic_file, cache_folder
 from stallfree.model.int8 import quantize_rows
+from stallfree.model.weight_reader import SCALES
 from stallfree.model.weights import SafetensorsWeights, WeightSource
-
-SCALES = ".scales"  # added to the name of an int8 tensor, names the scales of its rows
 
 _FORMAT = 1
 _MAX_ENTRIES = 4

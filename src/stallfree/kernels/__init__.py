@@ -1,0 +1,4 @@
+"""Compiled CPU kernels: a whole forward pass in int8, in one parallel region, without a compiler.
+
+Numba compiles them on the user's machine, once for each processor. They know arrays, not models.
+"""

@@ -1,0 +1,57 @@
+"""How kernels are compiled, and where what was compiled is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from stallfree.cache import cache_folder
+
+_log = logging.getLogger(__name__)
+
+
+def _keep_compiled() -> None:
+    """Keep machine code in the cache folder, so that only a first start compiles.
+
+    Numba notices changes of the file that a function is in, but not of those it calls; a folder
+    per state of all kernels makes up for that. Where nothing can be kept, each start compiles.
+    """
+    state = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(file.read_bytes())
+    folder = cache_folder() / "kernels" / state.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)
+        return
+    numba.config.CACHE_DIR = str(folder)
+
+
+_keep_compiled()
+
+# No GIL, no bounds checks, division by zero gives infinity, and no counting of references: threads
+# would fight for the counters.
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": False}
+
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # Python never calls these
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
+    return numba.njit(**_INNER, **_OPTIONS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `compiled`, for small functions: their code goes where they are called."""
+    return numba.njit(inline="always", **_INNER, **_OPTIONS)(function)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """As `compiled`, for what Python calls; its machine code is kept on disk."""
+    return numba.njit(cache=True, **_OPTIONS)(function)

@@ -1,0 +1,512 @@
+"""The forward pass of a decoder of the Llama family in int8: one parallel region for all layers.
+
+All threads run the same phases with a barrier after each, and share a phase's units of work by
+claiming the next one, so that a thread that another process holds up does less of them.
+
+Legend of shapes: T rows (tokens), L layers, H query heads, K key heads, D head size. Sizes are
+padded with zeros, to 64 where matrices have outputs and to 16 elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from stallfree.kernels.attention import ROWS as QUERY_ROWS
+from stallfree.kernels.attention import (
+    SPLIT,
+    attend_split,
+    merge,
+)
+from stallfree.kernels.int8_matmul import (
+    DEPTH,
+    PANEL,
+    ROWS,
+    UNIT_GROUPS,
+    VECTORS,
+    dequantized,
+    multiply_tile,
+)
+from stallfree.kernels.ir import LANES
+from stallfree.kernels.jit import compiled, entry, inlined
+from stallfree.kernels.openmp import barrier, fetch_add, parallel
+from stallfree.kernels.rows import (
+    embed,
+    merge_splits,
+    place_heads,
+    quantize,
+    rms_norm,
+    write_head,
+)
+from stallfree.kernels.simd import exp2, fill, load, put, total
+
+SLICE_ROWS = 2048  # at once, where a batch is longer: bounds the memory between matrices
+_STORE, _ADD, _GATE = 0, 1, 2  # what becomes of a product
+_MINUS_LOG2_E = np.float32(-1.4426950408889634)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_INFINITY = np.float32(np.inf)
+
+
+class Product(NamedTuple):
+    """Int8 matrices of all layers, (layers, ...), or one: without the leading dimension.
+
+    Attributes:
+        weights: int8 (L, panels, bytes), as `int8_matmul.pack` lays them out.
+        scales: float32 (L, outputs), of each output.
+        corrections: int32 (L, outputs), what unsigned activations add to each sum.
+        bias: float32 (L, outputs), or (L, 0).
+    """
+
+    weights: np.ndarray
+    scales: np.ndarray
+    corrections: np.ndarray
+    bias: np.ndarray
+
+
+class Layers(NamedTuple):
+    """The weights of all layers.
+
+    Attributes:
+        input_norm, mlp_norm: float32 (L, padded hidden).
+        q_norm, k_norm: float32 (L, D), or (L, 0).
+        qkv, output, down: products.
+        gate_up: a product whose panels hold 32 outputs of the gate and the same 32 of up.
+        windows: int64 (L,), sliding windows in tokens, 0 for none.
+    """
+
+    input_norm: np.ndarray
+    qkv: Product
+    q_norm: np.ndarray
+    k_norm: np.ndarray
+    output: Product
+    mlp_norm: np.ndarray
+    gate_up: Product
+    down: Product
+    windows: np.ndarray
+
+
+class Shape(NamedTuple):
+    """Sizes of the model.
+
+    Attributes:
+        hidden, width: of a row of hidden states, and padded.
+        heads, kv_heads: H and K.
+        depth, head_width: D, and padded.
+        epsilon: of the norms.
+        query_scale: what scores are multiplied by, log2(e) / sqrt(D): weights are powers of 2.
+    """
+
+    hidden: int
+    width: int
+    heads: int
+    kv_heads: int
+    depth: int
+    head_width: int
+    epsilon: np.float32
+    query_scale: np.float32
+
+
+class Work(NamedTuple):
+    """A batch.
+
+    Attributes:
+        token_ids, slots: int64 (T,).
+        angles: float32 (T, 2, D), cosines and sines.
+        blocks: int64 (chunks, longest), the block tables.
+        items: int64 (items, 6): chunk, first row, its position, rows (tokens), which split (or -1:
+            all), and the part it goes to.
+        parts: int64 (T, 2): the first part of a row's splits and how many there are; 0: none.
+    """
+
+    token_ids: np.ndarray
+    slots: np.ndarray
+    angles: np.ndarray
+    blocks: np.ndarray
+    items: np.ndarray
+    parts: np.ndarray
+
+
+class Scratch(NamedTuple):
+    """Memory between phases; `thread_*` have a row for each thread.
+
+    Attributes:
+        hidden: float32 (T * padded hidden,).
+        activations: uint8, of `SLICE_ROWS` rows at most, packed.
+        scales: float32, of those rows.
+        wide: float32, of those rows: heads or inner activations.
+        queries, attended: float32 (T * H * D,), padded.
+        part, part_sums, part_tops: float32, outputs of single splits.
+        counter: int64 (1,), units claimed by all threads.
+        barrier: see `openmp.barrier`.
+    """
+
+    hidden: np.ndarray
+    activations: np.ndarray
+    scales: np.ndarray
+    wide: np.ndarray
+    queries: np.ndarray
+    attended: np.ndarray
+    part: np.ndarray
+    part_sums: np.ndarray
+    part_tops: np.ndarray
+    counter: np.ndarray
+    barrier: np.ndarray
+    thread_sums: np.ndarray
+    thread_row: np.ndarray
+    thread_queries: np.ndarray
+    thread_out: np.ndarray
+    thread_total: np.ndarray
+    thread_stats: np.ndarray
+    thread_weights: np.ndarray
+    thread_scores: np.ndarray
+    thread_places: np.ndarray
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers: float32, or uint16 that hold float16, (L, elements)."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    block_size: int
+
+
+class Job(NamedTuple):
+    """One call: everything but the weights."""
+
+    shape: Shape
+    cache: Cache
+    work: Work
+    scratch: Scratch
+
+
+class Team(NamedTuple):
+    """A thread, and how many there are."""
+
+    thread: int
+    threads: int
+
+
+@inlined
+def _claim(base, scratch):
+    """The next unit of a phase; the counter was at `base` when the phase began."""
+    return fetch_add(scratch.counter, 0, 1) - base
+
+
+@inlined
+def _done(team, units, base, scratch):
+    """End a phase. Each thread has claimed once in vain, so the counter is now at the result."""
+    barrier(scratch.barrier, team.threads)
+    return base + units + team.threads
+
+
+@inlined
+def _groups(rows):
+    return (rows + ROWS - 1) // ROWS
+
+
+@compiled
+def _embed(team, base, table, job):
+    """Hidden states from token ids."""
+    scratch = job.scratch
+    rows, width = job.work.token_ids.size, job.shape.width
+    row = _claim(base, scratch)
+    while row < rows:
+        token = job.work.token_ids[row]
+        embed(token, table.weights, table.scales, scratch.hidden, row * width, width)
+        row = _claim(base, scratch)
+    return _done(team, rows, base, scratch)
+
+
+@compiled
+def _norm(team, base, rows, x, at, weight, shape, scratch):
+    """Norm rows of `x` from `at`, and quantize them."""
+    normed = scratch.thread_row[team.thread]
+    width = shape.width
+    group = _claim(base, scratch)
+    while group < _groups(rows):
+        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
+            rms_norm(x, at + row * width, weight, shape.hidden, width, shape.epsilon, normed, 0)
+            quantize(normed, 0, width, row, scratch.activations, scratch.scales)
+        group = _claim(base, scratch)
+    return _done(team, _groups(rows), base, scratch)
+
+
+@compiled
+def _quantize(team, base, rows, x, width, scratch):
+    """Quantize rows of `x`."""
+    group = _claim(base, scratch)
+    while group < _groups(rows):
+        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
+            quantize(x, row * width, width, row, scratch.activations, scratch.scales)
+        group = _claim(base, scratch)
+    return _done(team, _groups(rows), base, scratch)
+
+
+@compiled
+def _multiply(team, base, rows, matrix, kind, out, at, stride, scratch):
+    """A product of the quantized rows with a matrix; row r goes to `out` at `at` + r * `stride`."""
+    panels, groups = matrix.weights.shape[0], _groups(rows)
+    steps = matrix.weights.shape[1] // (PANEL * DEPTH)
+    units = panels * ((groups + UNIT_GROUPS - 1) // UNIT_GROUPS)
+    sums = scratch.thread_sums[team.thread]
+    unit = _claim(base, scratch)
+    while unit < units:
+        first_group, panel = unit // panels * UNIT_GROUPS, unit % panels
+        for group in range(first_group, min(groups, first_group + UNIT_GROUPS)):
+            some = min(ROWS, rows - group * ROWS)
+            multiply_tile(some, scratch.activations, group, matrix.weights, panel, steps, sums)
+            for i in range(some):
+                row = group * ROWS + i
+                scale = scratch.scales[row]
+                _finish(sums, i, scale, matrix, panel, kind, out, at + row * stride)
+        unit = _claim(base, scratch)
+    return _done(team, units, base, scratch)
+
+
+@inlined
+def _finish(sums, row, scale, matrix, panel, kind, out, at):
+    """Turn one row of a tile into floats, and put them where they belong."""
+    column = panel * PANEL
+    if kind == _GATE:
+        half = VECTORS // 2
+        for v in range(half):
+            gate = dequantized(sums, row, v, scale, matrix, column)
+            up = dequantized(sums, row, v + half, scale, matrix, column)
+            sigmoid = fill(_ONE) / (fill(_ONE) + exp2(gate * fill(_MINUS_LOG2_E)))
+            put(out, at + column // 2 + v * LANES, gate * sigmoid * up)
+        return
+    for v in range(VECTORS):
+        value = dequantized(sums, row, v, scale, matrix, column)
+        place = at + column + v * LANES
+        if kind == _ADD:
+            value = load(out, place) + value
+        put(out, place, value)
+
+
+@inlined
+def _of_layer(product, layer):
+    """The matrix of one layer."""
+    return Product(
+        product.weights[layer],
+        product.scales[layer],
+        product.corrections[layer],
+        product.bias[layer],
+    )
+
+
+@compiled
+def _place_heads(team, base, first, rows, layers, layer, stride, job):
+    """Rotate queries and keys; keys and values into the cache."""
+    shape = job.shape
+    work = job.work
+    scratch = job.scratch
+    keys = job.cache.keys[layer]
+    values = job.cache.values[layer]
+    row = _claim(base, scratch)
+    while row < rows:
+        place_heads(
+            scratch.wide,
+            row * stride,
+            work.angles[first + row],
+            layers.q_norm[layer],
+            layers.k_norm[layer],
+            shape,
+            work.slots[first + row],
+            scratch.queries,
+            (first + row) * shape.heads * shape.depth,
+            keys,
+            values,
+        )
+        row = _claim(base, scratch)
+    return _done(team, rows, base, scratch)
+
+
+@compiled
+def _attend(team, base, layer, window, stride, job):
+    """Attention of all rows, by items and key heads."""
+    units = job.work.items.shape[0] * job.shape.kv_heads
+    unit = _claim(base, job.scratch)
+    while unit < units:
+        item, head = unit // job.shape.kv_heads, unit % job.shape.kv_heads
+        _attend_item(team.thread, layer, job.work.items[item], head, window, stride, job)
+        unit = _claim(base, job.scratch)
+    return _done(team, units, base, job.scratch)
+
+
+@compiled
+def _attend_item(thread, layer, item, head, window, stride, job):
+    """Attention of some tokens' rows for one key head."""
+    shape, scratch = job.shape, job.scratch
+    chunk, first_row, position, tokens, split, part = item
+    depth, heads, width = shape.depth, shape.heads, shape.head_width
+    group = heads // shape.kv_heads
+    rows = tokens * group
+    queries, out = scratch.thread_queries[thread], scratch.thread_out[thread]
+    merged, stats = scratch.thread_total[thread], scratch.thread_stats[thread]
+    tops, all_sums, all_tops, shrink = stats[0], stats[1], stats[2], stats[3]
+    sums = scratch.thread_weights[thread]
+    for row in range(rows):
+        at_head = head * group + row % group
+        start = ((first_row + row // group) * heads + at_head) * depth
+        packed = row // QUERY_ROWS * depth * QUERY_ROWS + row % QUERY_ROWS
+        for i in range(depth):
+            queries[packed + i * QUERY_ROWS] = scratch.queries[start + i]
+        all_sums[row], all_tops[row] = _ZERO, -_INFINITY
+        for i in range(0, width, LANES):
+            put(merged, row * width + i, fill(_ZERO))
+    low, high = split, split + 1
+    if split < 0:
+        low, high = 0, (position + tokens - 1) // SPLIT + 1
+    for each in range(low, high):
+        attend_split(
+            rows,
+            group,
+            position,
+            each,
+            window,
+            queries,
+            job.cache.keys[layer],
+            job.cache.values[layer],
+            job.work.blocks[chunk],
+            job.cache.block_size // LANES,
+            shape.kv_heads,
+            head,
+            depth,
+            width,
+            out,
+            sums,
+            tops,
+            scratch.thread_scores[thread],
+            shrink,
+            scratch.thread_places[thread],
+        )
+        if split < 0:
+            for row in range(rows):
+                weight = total(load(sums, row * LANES))
+                merge(
+                    merged,
+                    row * width,
+                    all_sums,
+                    all_tops,
+                    row,
+                    out,
+                    row * width,
+                    weight,
+                    tops[row],
+                    width,
+                )
+    for row in range(rows):
+        at_head = head * group + row % group
+        if split < 0:
+            place = (first_row + row // group) * stride + at_head * depth
+            write_head(merged, row * width, all_sums[row], depth, scratch.attended, place)
+        else:
+            place = part * heads + at_head
+            scratch.part_sums[place] = total(load(sums, row * LANES))
+            scratch.part_tops[place] = tops[row]
+            for i in range(0, width, LANES):
+                put(scratch.part, place * width + i, load(out, row * width + i))
+
+
+@compiled
+def _quantize_attended(team, base, first, rows, stride, job):
+    """Merge the splits of rows that have several, and quantize all."""
+    scratch, shape = job.scratch, job.shape
+    stats, merged = scratch.thread_stats[team.thread], scratch.thread_out[team.thread]
+    group = _claim(base, scratch)
+    while group < _groups(rows):
+        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
+            place = (first + row) * stride
+            part, count = job.work.parts[first + row]
+            if count:
+                merge_splits(
+                    part,
+                    count,
+                    shape,
+                    scratch.part,
+                    scratch.part_sums,
+                    scratch.part_tops,
+                    stats[0],
+                    stats[1],
+                    merged,
+                    scratch.attended,
+                    place,
+                )
+            quantize(scratch.attended, place, stride, row, scratch.activations, scratch.scales)
+        group = _claim(base, scratch)
+    return _done(team, _groups(rows), base, scratch)
+
+
+@compiled
+def _run_layer(team, base, layer, layers, job):
+    """One layer: its attention, then its MLP, each added to the hidden states."""
+    shape, scratch = job.shape, job.scratch
+    all_rows, width = job.work.token_ids.size, shape.width
+    qkv_width = layers.qkv.scales.shape[1]
+    attended_width = layers.output.weights.shape[2] // PANEL
+    inner_width = layers.down.weights.shape[2] // PANEL
+    hidden, wide = scratch.hidden, scratch.wide
+    qkv, output = _of_layer(layers.qkv, layer), _of_layer(layers.output, layer)
+    gate_up, down = _of_layer(layers.gate_up, layer), _of_layer(layers.down, layer)
+    input_norm, mlp_norm = layers.input_norm[layer], layers.mlp_norm[layer]
+    for first in range(0, all_rows, SLICE_ROWS):
+        rows, at = min(SLICE_ROWS, all_rows - first), first * width
+        base = _norm(team, base, rows, hidden, at, input_norm, shape, scratch)
+        base = _multiply(team, base, rows, qkv, _STORE, wide, 0, qkv_width, scratch)
+        base = _place_heads(team, base, first, rows, layers, layer, qkv_width, job)
+    base = _attend(team, base, layer, layers.windows[layer], attended_width, job)
+    for first in range(0, all_rows, SLICE_ROWS):
+        rows, at = min(SLICE_ROWS, all_rows - first), first * width
+        base = _quantize_attended(team, base, first, rows, attended_width, job)
+        base = _multiply(team, base, rows, output, _ADD, hidden, at, width, scratch)
+        base = _norm(team, base, rows, hidden, at, mlp_norm, shape, scratch)
+        base = _multiply(team, base, rows, gate_up, _GATE, wide, 0, inner_width, scratch)
+        base = _quantize(team, base, rows, wide, inner_width, scratch)
+        base = _multiply(team, base, rows, down, _ADD, hidden, at, width, scratch)
+    return base
+
+
+@compiled
+def _run(thread, threads, table, layers, job):
+    team = Team(thread, threads)
+    base = _embed(team, 0, table, job)
+    for layer in range(layers.windows.size):
+        base = _run_layer(team, base, layer, layers, job)
+
+
+@entry
+def run(threads, table, layers, job):
+    """All layers: the hidden states of `job.work` into `job.scratch`, its KV into `job.cache`.
+
+    Args:
+        threads: that share the work.
+        table: the embedding, a `Product` of one matrix.
+        layers: `Layers`.
+        job: `Job`.
+    """
+    job.scratch.counter[0] = 0
+    parallel(_run, threads, (table, layers, job))
+
+
+@compiled
+def _run_logits(thread, threads, hidden, norm, head, shape, out, scratch):
+    team, rows = Team(thread, threads), hidden.shape[0]
+    base = _norm(team, 0, rows, hidden.reshape(-1), 0, norm, shape, scratch)
+    _multiply(team, base, rows, head, _STORE, out.reshape(-1), 0, out.shape[1], scratch)
+
+
+@entry
+def run_logits(threads, hidden, norm, head, shape, out, scratch):
+    """Logits of at most `SLICE_ROWS` rows (R, padded hidden) into `out` (R, padded vocabulary).
+
+    Args:
+        threads: that share the work.
+        hidden: float32.
+        norm: the last norm's weight.
+        head: the output layer, a `Product` of one matrix.
+        shape, scratch: as in `Job`.
+        out: float32.
+    """
+    scratch.counter[0] = 0
+    parallel(_run_logits, threads, (hidden, norm, head, shape, out, scratch))

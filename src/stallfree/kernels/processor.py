@@ -1,0 +1,23 @@
+"""What the processor can do."""
+
+from __future__ import annotations
+
+import platform
+
+import llvmlite.binding
+import numba
+
+
+def _features() -> set[str]:
+    """Names of LLVM's processor features; `NUMBA_CPU_FEATURES` may say otherwise than the host."""
+    told: str | None = numba.config.CPU_FEATURES
+    if told is not None:
+        return {name.removeprefix("+") for name in told.split(",") if not name.startswith("-")}
+    return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+
+
+_FEATURES = _features()
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+HAS_AVX2 = {"avx2", "fma", "f16c"} <= _FEATURES
+HAS_AVX512 = {"avx512f", "avx512bw", "avx512vl"} <= _FEATURES
+HAS_VNNI = HAS_AVX512 and "avx512vnni" in _FEATURES

@@ -1,0 +1,383 @@
+"""The decoder of the Llama family in int8 on CPUs, over compiled kernels.
+
+Weights are rounded per output channel and activations per row; sums are exact. A token's result
+is the same, to the last bit, alone and in any batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from stallfree.kernels import attention, layers
+from stallfree.kernels.int8_matmul import PANEL, ROWS, corrections_of, pack, padded
+from stallfree.kernels.ir import LANES
+from stallfree.kernels.openmp import BARRIER_WORDS
+from stallfree.model.config import ModelConfig
+from stallfree.model.int8 import is_supported
+from stallfree.model.model_input import ModelInput, Rows
+from stallfree.model.rope import Rope
+from stallfree.model.weight_reader import WeightReader, names_of_layer
+from stallfree.model.weights import WeightSource
+
+_HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
+_FIRST_ROWS = 64  # that scratch memory is made for
+
+
+class Int8KVCache:
+    """Keys and values of all layers, as `kernels.attention` lays them out.
+
+    Attributes:
+        keys, values: (L, elements), float32 or float16.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        tokens = num_blocks * block_size * config.num_kv_heads
+        self.keys = torch.empty((config.num_layers, tokens * config.head_dim), dtype=dtype)
+        width = padded(config.head_dim, LANES)
+        self.values = torch.empty((config.num_layers, tokens * width), dtype=dtype)
+
+    def arrays(self) -> layers.Cache:
+        """What the kernels take: float16 as the uint16 that hold it."""
+        keys, values = self.keys, self.values
+        if keys.dtype == torch.float16:
+            keys, values = keys.view(torch.uint16), values.view(torch.uint16)
+        return layers.Cache(keys.numpy(), values.numpy(), self.block_size)
+
+
+class Int8Decoder:
+    """A model with its weights in int8.
+
+    Args:
+        config: its shape.
+        weights: matrices in int8 (see `int8_cache`).
+        max_positions: longest context in tokens, for rope scalings that depend on it.
+        threads: that run it.
+        kv_dtype: of the KV cache, float32 or float16.
+        on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Raises:
+        WeightFileError: a weight is missing, has another shape or type than the configuration
+            says, or has no place in it.
+        RuntimeError: the machine does not run the kernels (`int8.is_supported`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        *,
+        max_positions: int,
+        threads: int,
+        kv_dtype: torch.dtype = torch.float16,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        if not is_supported():
+            raise RuntimeError("the int8 kernels do not run on this machine")
+        self.config = config
+        self.kv_dtype = kv_dtype
+        self._threads = threads
+        self._rope = Rope(config, max_positions)
+        reader = WeightReader(config, weights)
+        loader = _Loader(config, reader, threads)
+        self._table = loader.single("model.embed_tokens.weight")
+        self._layers = loader.all_layers(on_layer)
+        self._norm = loader.norm("model.norm.weight")
+        self._head = self._table
+        if not config.tie_embeddings:
+            self._head = loader.single("lm_head.weight")
+        reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
+        self.num_parameters = reader.num_parameters
+        self.weight_bytes = loader.num_bytes
+        self._shape = layers.Shape(
+            hidden=config.hidden_size,
+            width=padded(config.hidden_size, PANEL),
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            depth=config.head_dim,
+            head_width=padded(config.head_dim, LANES),
+            epsilon=np.float32(config.rms_norm_eps),
+            query_scale=np.float32(math.log2(math.e) / math.sqrt(config.head_dim)),
+        )
+        self._scratch = self._make_scratch(_FIRST_ROWS, 0)
+        self._logits = np.empty((0, 0), dtype=np.float32)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the KV cache that a token takes."""
+        config = self.config
+        width = config.head_dim + padded(config.head_dim, LANES)
+        size: int = self.kv_dtype.itemsize
+        return config.num_layers * config.num_kv_heads * width * size
+
+    def compile(self) -> None:
+        """Make the machine code of the kernels, or read it from the cache: nothing waits later."""
+        cache = self.make_cache(1, LANES)
+        hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache)
+        self.logits(hidden)
+
+    def make_cache(self, num_blocks: int, block_size: int) -> Int8KVCache:
+        """A KV cache for this model."""
+        return Int8KVCache(self.config, num_blocks, block_size, self.kv_dtype)
+
+    def forward(self, batch: ModelInput, cache: Int8KVCache) -> torch.Tensor:
+        """Run all layers, writing the new tokens' keys and values to `cache`.
+
+        Returns:
+            The last hidden states (T, padded hidden), for `logits`; the next call overwrites them.
+        """
+        work, num_parts = self._plan(batch, cache.block_size)
+        rows = len(batch.token_ids)
+        self._reserve(rows, num_parts)
+        job = layers.Job(self._shape, cache.arrays(), work, self._scratch)
+        layers.run(self._threads, self._table, self._layers, job)
+        hidden = self._scratch.hidden[: rows * self._shape.width]
+        return torch.from_numpy(hidden.reshape(rows, self._shape.width))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (R, V) of rows (R, padded hidden) of what `forward` returned.
+
+        The next call overwrites them.
+        """
+        rows = len(hidden)
+        self._reserve(rows, 0)
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, len(self._head.scales)), dtype=np.float32)
+        out = self._logits[:rows]
+        for first in range(0, rows, layers.SLICE_ROWS):
+            some = slice(first, first + layers.SLICE_ROWS)
+            layers.run_logits(
+                self._threads,
+                hidden[some].numpy(),
+                self._norm,
+                self._head,
+                self._shape,
+                out[some],
+                self._scratch,
+            )
+        return torch.from_numpy(out)[:, : self.config.vocab_size]
+
+    def _plan(self, batch: ModelInput, block_size: int) -> tuple[layers.Work, int]:
+        """The batch as arrays, and how many splits are computed on their own."""
+        longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks)
+        blocks = np.zeros((len(batch.chunks), longest), dtype=np.int64)
+        parts = np.zeros((len(batch.token_ids), 2), dtype=np.int64)
+        positions = np.concatenate([np.arange(c.start, c.stop) for c in batch.chunks])
+        slots = np.empty(len(batch.token_ids), dtype=np.int64)
+        items: list[tuple[int, ...]] = []
+        num_parts = 0
+        for index, chunk in enumerate(batch.chunks):
+            table = chunk.blocks[: -(-chunk.stop // block_size)]
+            blocks[index, : len(table)] = table
+            rows = slice(chunk.first_row, chunk.first_row + chunk.stop - chunk.start)
+            at = positions[rows]
+            slots[rows] = blocks[index, at // block_size] * block_size + at % block_size
+            splits = -(-chunk.stop // attention.SPLIT)
+            if chunk.stop - chunk.start == 1 and splits > 1:
+                parts[chunk.first_row] = num_parts, splits
+                items += (
+                    (index, chunk.first_row, chunk.start, 1, split, num_parts + split)
+                    for split in range(splits)
+                )
+                num_parts += splits
+            else:
+                items += self._tiles(index, chunk)
+        work = layers.Work(
+            token_ids=np.array(batch.token_ids, dtype=np.int64),
+            slots=slots,
+            angles=self._rope.at(torch.from_numpy(positions), torch.float32).numpy(),
+            blocks=blocks,
+            items=np.array(items, dtype=np.int64),
+            parts=parts,
+        )
+        return work, num_parts
+
+    def _tiles(self, index: int, chunk: Rows) -> Iterable[tuple[int, ...]]:
+        """A chunk's tokens, as many at a time as an item may have; those that see most first."""
+        size = self._item_tokens
+        for start in reversed(range(chunk.start, chunk.stop, size)):
+            tokens = min(size, chunk.stop - start)
+            yield index, chunk.first_row + start - chunk.start, start, tokens, -1, 0
+
+    @property
+    def _item_tokens(self) -> int:
+        group = self.config.num_heads // self.config.num_kv_heads
+        tokens: int = attention.ITEM_ROWS // group
+        return max(1, tokens)
+
+    def _reserve(self, rows: int, num_parts: int) -> None:
+        """Make scratch memory for so many rows and splits, if there is less."""
+        capacity = len(self._scratch.hidden) // padded(self.config.hidden_size, PANEL)
+        if rows > capacity or num_parts > len(self._scratch.part_sums) // self.config.num_heads:
+            self._scratch = self._make_scratch(max(rows, capacity), num_parts)
+
+    def _make_scratch(self, rows: int, num_parts: int) -> layers.Scratch:
+        config, threads = self.config, self._threads
+        sliced = padded(min(rows, layers.SLICE_ROWS), ROWS)
+        width = padded(config.hidden_size, PANEL)
+        heads = config.num_heads * config.head_dim
+        attended = padded(heads, LANES)
+        inner = padded(config.intermediate_size, _HALF)
+        head_width = padded(config.head_dim, LANES)
+        group = config.num_heads // config.num_kv_heads
+        item_rows = padded(self._item_tokens * group, attention.ROWS)
+
+        def floats(*shape: int) -> Any:
+            return torch.zeros(shape).numpy()
+
+        return layers.Scratch(
+            hidden=floats(rows * width),
+            activations=torch.zeros(
+                sliced * max(width, attended, inner), dtype=torch.uint8
+            ).numpy(),
+            scales=floats(sliced),
+            wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner)),
+            queries=floats(rows * heads),
+            attended=floats(rows * attended),
+            part=floats(num_parts * config.num_heads * head_width),
+            part_sums=floats(num_parts * config.num_heads),
+            part_tops=floats(num_parts * config.num_heads),
+            counter=np.zeros(1, dtype=np.int64),
+            barrier=np.zeros(BARRIER_WORDS, dtype=np.int64),
+            thread_sums=torch.zeros((threads, ROWS * PANEL), dtype=torch.int32).numpy(),
+            thread_row=floats(threads, width),
+            thread_queries=floats(threads, item_rows * config.head_dim),
+            thread_out=floats(threads, item_rows * head_width),
+            thread_total=floats(threads, item_rows * head_width),
+            thread_stats=floats(threads, 4, item_rows + 2 * LANES),
+            thread_weights=floats(threads, item_rows * LANES),
+            thread_scores=floats(threads, attention.ROWS * attention.STRETCH),
+            thread_places=np.zeros((threads, 2 * attention.LATER), dtype=np.int64),
+        )
+
+
+class _Loader:
+    """Weights from a reader to the arrays of the kernels."""
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, threads: int) -> None:
+        self._config, self._reader, self._threads = config, reader, threads
+        self._width = padded(config.hidden_size, PANEL)
+        self.num_bytes = 0
+
+    def single(self, name: str) -> layers.Product:
+        """The embedding or the output layer."""
+        config = self._config
+        made = self._empty(1, config.vocab_size, self._width, has_bias=False)
+        values, scales = self._reader.int8(name, (config.vocab_size, config.hidden_size))
+        self._put(made, 0, values, scales)
+        return layers.Product(*(array[0] for array in made))
+
+    def norm(self, name: str) -> np.ndarray:
+        """A norm's weight float32 (padded hidden,)."""
+        weight = self._reader.floats(name, (self._config.hidden_size,)).float()
+        self.num_bytes += weight.nbytes
+        return np.asarray(_pad(weight, self._width))
+
+    def all_layers(self, on_layer: Callable[[int], None] | None) -> layers.Layers:
+        """All layers."""
+        config = self._config
+        heads = config.num_heads * config.head_dim
+        kv_heads = 2 * config.num_kv_heads * config.head_dim
+        inner, count = padded(config.intermediate_size, _HALF), config.num_layers
+        qkv = self._empty(count, heads + kv_heads, self._width, config.qkv_bias)
+        output = self._empty(count, config.hidden_size, padded(heads, LANES), config.output_bias)
+        gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
+        down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
+        norms: dict[str, list[np.ndarray]] = {"input": [], "q": [], "k": [], "mlp": []}
+        for layer in range(count):
+            names = names_of_layer(config, layer)
+            norms["input"].append(self.norm(names.input_norm))
+            norms["mlp"].append(self.norm(names.mlp_norm))
+            for kind, name in (("q", names.q_norm), ("k", names.k_norm)):
+                norms[kind].append(self._head_norm(name))
+            self._fill(qkv, layer, names.qkv, config.hidden_size, config.qkv_bias)
+            self._fill(output, layer, names.output, heads, config.output_bias)
+            self._fill(
+                gate_up, layer, names.gate_up, config.hidden_size, config.mlp_bias, _interleave
+            )
+            self._fill(down, layer, names.down, config.intermediate_size, config.mlp_bias)
+            if on_layer is not None:
+                on_layer(layer)
+        return layers.Layers(
+            input_norm=np.stack(norms["input"]),
+            qkv=qkv,
+            q_norm=np.stack(norms["q"]),
+            k_norm=np.stack(norms["k"]),
+            output=output,
+            mlp_norm=np.stack(norms["mlp"]),
+            gate_up=gate_up,
+            down=down,
+            windows=np.array([window or 0 for window in config.sliding_windows], dtype=np.int64),
+        )
+
+    def _head_norm(self, name: str) -> np.ndarray:
+        if not self._config.qk_norm:
+            return np.empty(0, dtype=np.float32)
+        return np.asarray(self._reader.floats(name, (self._config.head_dim,)).float())
+
+    def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> layers.Product:
+        outputs = padded(outputs, PANEL)
+        weights = torch.empty((count, outputs // PANEL, inputs * PANEL), dtype=torch.int8)
+        self.num_bytes += weights.nbytes + count * outputs * 8
+        return layers.Product(
+            weights=weights.numpy(),
+            scales=np.zeros((count, outputs), dtype=np.float32),
+            corrections=np.zeros((count, outputs), dtype=np.int32),
+            bias=np.zeros((count, outputs if has_bias else 0), dtype=np.float32),
+        )
+
+    def _fill(
+        self,
+        product: layers.Product,
+        layer: int,
+        sizes: dict[str, int],
+        inputs: int,
+        has_bias: bool,
+        arrange: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
+    ) -> None:
+        """Read the projections of one layer's product; `arrange` makes one tensor of theirs."""
+        read = [self._reader.int8(f"{n}.weight", (size, inputs)) for n, size in sizes.items()]
+        bias = None
+        if has_bias:
+            bias = arrange(
+                [self._reader.floats(f"{n}.bias", (size,)).float() for n, size in sizes.items()]
+            )
+        values, scales = (arrange([each[i] for each in read]) for i in (0, 1))
+        self._put(product, layer, values, scales, bias)
+
+    def _put(
+        self,
+        product: layers.Product,
+        layer: int,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        out = torch.from_numpy(product.weights[layer])
+        values = _pad(values, product.scales.shape[1])
+        pack(values, out.shape[1] // PANEL, out)
+        product.scales[layer, : len(scales)] = scales.numpy()
+        product.corrections[layer] = corrections_of(self._threads, product.weights[layer])
+        if bias is not None:
+            product.bias[layer, : len(bias)] = bias.numpy()
+
+
+def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """`tensor` with zeros after its end, up to `size` along the first dimension."""
+    if len(tensor) == size:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((size - len(tensor), *tensor.shape[1:]))])
+
+
+def _interleave(gate_and_up: list[torch.Tensor]) -> torch.Tensor:
+    """32 outputs of the gate, the same 32 of up, and so on."""
+    size = padded(len(gate_and_up[0]), _HALF)
+    stacks = [_pad(each, size).unflatten(0, (-1, _HALF)) for each in gate_and_up]
+    return torch.stack(stacks, dim=1).flatten(0, 2)
