@@ -66,7 +66,7 @@ def test_a_model_in_int8_answers_nearly_as_in_float32(tmp_path: Path, architectu
         assert output.prompt_logprobs is not None
         scores.append(torch.tensor([p.logprob for p in output.prompt_logprobs if p is not None]))
         assert llm.engine.facts.dtype == dtype
-    assert (scores[0] - scores[1]).abs().mean() < 0.1
+    assert (scores[0] - scores[1]).abs().mean() < 0.2  # activations may have 7 bits
 
 
 def test_int8_is_the_default_and_float32_a_choice(tmp_path: Path) -> None:

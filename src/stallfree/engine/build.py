@@ -21,6 +21,7 @@ from stallfree.engine.settings import EngineSettings, available_cpus
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
 from stallfree.executor.torch_executor import TorchExecutor
+from stallfree.kernels.int8_matmul import ROWS as INT8_TILE_TOKENS
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
 from stallfree.model.int8 import is_supported as is_int8_supported
@@ -31,7 +32,7 @@ from stallfree.model.source import ModelSource, open_model
 
 # By what computes: the default token budget, and the rows that its matrix kernels round up to.
 TOKEN_BUDGETS = {"int8": 96, "cpu": 64, "cuda": 512}
-TILE_TOKENS = {"int8": 6, "cpu": 16, "cuda": 128}
+TILE_TOKENS = {"int8": INT8_TILE_TOKENS, "cpu": 16, "cuda": 128}
 INT8_BLOCK_TOKENS = 16  # a block of the KV cache is a multiple of these
 DEVICES = ("cpu", "cuda")
 

@@ -60,6 +60,8 @@ SPLIT = 1024
 ROWS = 7 if HAS_AVX512 else 4
 ITEM_ROWS = 16 * ROWS  # of an item at most
 _VECTORS = 4 if HAS_AVX512 else 1  # in registers for each row
+_MAX_PARTS = 4  # that asking for the next stretch is spread over
+CACHE_LINE = 64  # bytes
 LATER = 2 * STRETCH_GROUPS  # where the places of the next stretch are, after those of this
 
 _INFINITY = np.float32(np.inf)
@@ -72,7 +74,15 @@ def _make_score(rows: int) -> Any:
 
     @intrinsic
     def score(
-        typing: Any, queries: Any, at: Any, keys: Any, places: Any, depth: Any, scores: Any
+        typing: Any,
+        queries: Any,
+        at: Any,
+        keys: Any,
+        places: Any,
+        depth: Any,
+        scores: Any,
+        later_at: Any,
+        later_step: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             q = offset(builder, data_of(context, builder, queries, values[0]), values[1])
@@ -93,8 +103,9 @@ def _make_score(rows: int) -> Any:
                 row_at = offset(builder, q, builder.mul(loop.index, I64(ROWS)))
                 key_at = builder.mul(loop.index, I64(GROUP))
                 columns = [load_floats(builder, offset(builder, k, key_at)) for k in some]
+                fetch_at = builder.add(values[6], builder.mul(loop.index, values[7]))
                 for k in later[first : first + _VECTORS]:
-                    prefetch(builder, offset(builder, k, key_at))
+                    prefetch(builder, offset(builder, k, fetch_at))
                 made = []
                 for row in range(rows):
                     one = splat(builder, load(builder, offset(builder, row_at, row), F32))
@@ -106,7 +117,9 @@ def _make_score(rows: int) -> Any:
                     store(builder, value, offset(builder, out, row * STRETCH + (first + v) * GROUP))
             return context.get_dummy_value()
 
-        signature = types.none(queries, types.intp, keys, places, types.intp, scores)
+        signature = types.none(
+            queries, types.intp, keys, places, types.intp, scores, types.intp, types.intp
+        )
         return signature, generate
 
     return score
@@ -127,6 +140,8 @@ def _make_weigh(rows: int, vectors: int) -> Any:
         column: Any,
         out: Any,
         at: Any,
+        later_at: Any,
+        later_step: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             p, factors, base, table = (
@@ -145,35 +160,41 @@ def _make_weigh(rows: int, vectors: int) -> Any:
                 for v in range(vectors):
                     old = load(builder, offset(builder, rows_at[row], v * LANES), F32X16)
                     initial.append(builder.fmul(old, factor))
-            loop = Loop(builder, count, initial)
-            group = builder.lshr(loop.index, I64(4))
-            within = builder.and_(loop.index, I64(GROUP - 1))
-            start = load(builder, offset(builder, table, group), I64, align=8)
-            token = builder.add(builder.add(start, builder.mul(within, stride)), first)
-            data = offset(builder, base, token)
+            whole = builder.lshr(builder.add(count, I64(GROUP - 1)), I64(4))
+            groups = Loop(builder, whole, initial)
+            start, later = (
+                load(builder, offset(builder, table, at), I64, align=8)
+                for at in (groups.index, builder.add(groups.index, I64(LATER)))
+            )
+            first_token = builder.shl(groups.index, I64(4))
+            left = builder.sub(count, first_token)
+            is_last = builder.icmp_signed("<", left, I64(GROUP))
+            tokens = Loop(builder, builder.select(is_last, left, I64(GROUP)), groups.values)
+            column_at = builder.add(builder.mul(tokens.index, stride), first)
+            data = offset(builder, base, builder.add(start, column_at))
             columns = [
                 load_floats(builder, offset(builder, data, v * LANES)) for v in range(vectors)
             ]
-            start = load(
-                builder, offset(builder, table, builder.add(group, I64(LATER))), I64, align=8
-            )
-            token = builder.add(builder.add(start, builder.mul(within, stride)), first)
+            fetch_at = builder.add(values[9], builder.mul(tokens.index, values[10]))
+            ahead = offset(builder, base, builder.add(later, fetch_at))
             for v in range(0, vectors, 2):
-                prefetch(builder, offset(builder, base, builder.add(token, I64(v * LANES))))
+                prefetch(builder, offset(builder, ahead, v * LANES))
+            weight_at = builder.add(first_token, tokens.index)
             made = []
             for row in range(rows):
-                place = offset(builder, p, builder.add(loop.index, I64(row * STRETCH)))
+                place = offset(builder, p, builder.add(weight_at, I64(row * STRETCH)))
                 one = splat(builder, load(builder, place, F32))
                 for v, loaded in enumerate(columns):
-                    before = loop.values[row * vectors + v]
+                    before = tokens.values[row * vectors + v]
                     made.append(call(builder, "llvm.fma.v16f32", F32X16, one, loaded, before))
-            for index, value in enumerate(loop.close(made)):
+            for index, value in enumerate(groups.close(tokens.close(made))):
                 row, v = divmod(index, vectors)
                 store(builder, value, offset(builder, rows_at[row], v * LANES))
             return context.get_dummy_value()
 
+        numbers = (types.intp,) * 3
         signature = types.none(
-            weights, shrink, values_, places, types.intp, types.intp, types.intp, out, types.intp
+            weights, shrink, values_, places, *numbers, out, types.intp, types.intp, types.intp
         )
         return signature, generate
 
@@ -186,40 +207,73 @@ _narrow1, _narrow2, _narrow4, _narrow7 = (_make_weigh(rows, 1) for rows in (1, 2
 
 
 @compiled
-def _score(rows, queries, at, keys, places, depth, scores):
+def _score(rows, queries, at, keys, places, depth, scores, part, parts):
+    """Scores of `rows` queries; asks for part `part` of `parts` of the next stretch's keys."""
+    step = GROUP // parts
+    later = part * step * depth
     if rows > 4:
-        _score7(queries, at, keys, places, depth, scores)
+        _score7(queries, at, keys, places, depth, scores, later, step)
     elif rows > 2:
-        _score4(queries, at, keys, places, depth, scores)
+        _score4(queries, at, keys, places, depth, scores, later, step)
     elif rows > 1:
-        _score2(queries, at, keys, places, depth, scores)
+        _score2(queries, at, keys, places, depth, scores, later, step)
     else:
-        _score1(queries, at, keys, places, depth, scores)
+        _score1(queries, at, keys, places, depth, scores, later, step)
 
 
 @compiled
-def _weigh(rows, weights, shrink, values, places, count, width, out, at):
+def _weigh(rows, weights, shrink, values, places, count, width, out, at, part, parts):
+    """Add weighted values; asks for part `part` of `parts` of the next stretch's values."""
+    turns = width // (_VECTORS * LANES) + width % (_VECTORS * LANES) // LANES
+    step = max(1, width // (parts * turns))
+    later = part * turns * step * GROUP
     column = 0
     while column + _VECTORS * LANES <= width:
         if rows > 4:
-            _weigh7(weights, shrink, values, places, count, width, column, out, at)
+            _weigh7(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 2:
-            _weigh4(weights, shrink, values, places, count, width, column, out, at)
+            _weigh4(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 1:
-            _weigh2(weights, shrink, values, places, count, width, column, out, at)
+            _weigh2(weights, shrink, values, places, count, width, column, out, at, later, step)
         else:
-            _weigh1(weights, shrink, values, places, count, width, column, out, at)
+            _weigh1(weights, shrink, values, places, count, width, column, out, at, later, step)
         column += _VECTORS * LANES
+        later += step * GROUP
     while column < width:
         if rows > 4:
-            _narrow7(weights, shrink, values, places, count, width, column, out, at)
+            _narrow7(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 2:
-            _narrow4(weights, shrink, values, places, count, width, column, out, at)
+            _narrow4(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 1:
-            _narrow2(weights, shrink, values, places, count, width, column, out, at)
+            _narrow2(weights, shrink, values, places, count, width, column, out, at, later, step)
         else:
-            _narrow1(weights, shrink, values, places, count, width, column, out, at)
+            _narrow1(weights, shrink, values, places, count, width, column, out, at, later, step)
         column += LANES
+        later += step * GROUP
+
+
+@intrinsic
+def _fetch(
+    typing: Any, keys: Any, values_: Any, places: Any, key_elements: Any, value_elements: Any
+) -> Any:
+    """Ask for the keys and values at the later `places`."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        table = data_of(context, builder, places, values[2])
+        for side, array in enumerate((keys, values_)):
+            base = data_of(context, builder, array, values[side])
+            line = CACHE_LINE // (array.dtype.bitwidth // 8)
+            lines = builder.udiv(values[3 + side], I64(line))
+            for i in range(STRETCH_GROUPS):
+                index = LATER + side * STRETCH_GROUPS + i
+                start = load(builder, offset(builder, table, index), I64, align=8)
+                loop = Loop(builder, lines, [])
+                place = builder.add(start, builder.mul(loop.index, I64(line)))
+                prefetch(builder, offset(builder, base, place))
+                loop.close([])
+        return context.get_dummy_value()
+
+    return types.none(keys, values_, places, types.intp, types.intp), generate
 
 
 @inlined
@@ -238,19 +292,25 @@ def _top(scores, at, low, high, vectors):
 
 @inlined
 def _to_weights(scores, at, low, high, vectors, top):
-    """Turn a row's scores into weights, zero outside keys `low` to `high`; gives their sums."""
+    """Turn a row's scores into weights, zero outside keys `low` to `high`; gives their sums.
+
+    A sum is NaN if a score is no finite number.
+    """
     shift, sums = fill(top), fill(_ZERO)
     if low <= 0 and high >= vectors * LANES:
         for v in range(vectors):
-            weight = exp2(load_vector(scores, at + v * LANES) - shift)
+            score = load_vector(scores, at + v * LANES)
+            weight = exp2(score - shift)
             put(scores, at + v * LANES, weight)
-            sums = sums + weight
+            sums = fma(score, fill(_ZERO), sums + weight)
     else:
         for v in range(vectors):
-            weight = exp2(load_vector(scores, at + v * LANES) - shift)
+            score = load_vector(scores, at + v * LANES)
+            weight = exp2(score - shift)
             weight = keep_lanes(weight, low - v * LANES, high - v * LANES, _ZERO)
+            score = keep_lanes(score, low - v * LANES, high - v * LANES, _ZERO)
             put(scores, at + v * LANES, weight)
-            sums = sums + weight
+            sums = fma(score, fill(_ZERO), sums + weight)
     return sums
 
 
@@ -273,16 +333,14 @@ def merge(into, at, sums, tops, row, part, part_at, part_sum, part_top, width):
     tops[row] = top
 
 
-@compiled
-def _locate(key, end, blocks, block_groups, heads, head, depth, width, places, at):
-    """Where keys and values of the stretch at `key` are: into `places` from `at`."""
-    count = min(STRETCH, end - key)
+@inlined
+def _locate(key, end, groups, heads, head, depth, width, places):
+    """Where keys and values of the stretch at `key` are: into the later `places`."""
+    last = (end - 1) // GROUP
     for i in range(STRETCH_GROUPS):
-        token_group = (key + min(i * GROUP, count - 1)) // GROUP
-        block = blocks[token_group // block_groups]
-        place = (block * block_groups + token_group % block_groups) * heads + head
-        places[at + i] = place * depth * GROUP
-        places[at + STRETCH_GROUPS + i] = place * GROUP * width
+        place = groups[min(key // GROUP + i, last)] * heads + head
+        places[LATER + i] = place * depth * GROUP
+        places[LATER + STRETCH_GROUPS + i] = place * GROUP * width
 
 
 @compiled
@@ -295,8 +353,7 @@ def attend_split(
     queries,
     keys,
     values,
-    blocks,
-    block_groups,
+    groups,
     heads,
     head,
     depth,
@@ -314,8 +371,7 @@ def attend_split(
         rows: of the item; row f is the token at `first_position` + f // `group_size`.
         queries: packed [rows / 7][depth][7], scaled by log2(e) / sqrt(depth).
         keys, values: of the layer, flat.
-        blocks: the request's block table.
-        block_groups: groups of 16 tokens in a block.
+        groups: where each 16 tokens of the request are, in groups.
         out: (rows, width), unscaled; `sums` (rows, 16), of weights, and `tops` (rows,), of scores.
         scores, shrink, places: scratch of the thread.
     """
@@ -329,22 +385,23 @@ def attend_split(
     if window > 0:
         begin = max(begin, (first_position - window + 1) // STRETCH * STRETCH)
     if begin < end:
-        _locate(begin, end, blocks, block_groups, heads, head, depth, width, places, LATER)
+        _locate(begin, end, groups, heads, head, depth, width, places)
+        _fetch(keys, values, places, depth * GROUP, GROUP * width)
     for key in range(begin, end, STRETCH):
         for i in range(LATER):
             places[i] = places[LATER + i]
         if key + STRETCH < end:
-            _locate(
-                key + STRETCH, end, blocks, block_groups, heads, head, depth, width, places, LATER
-            )
+            _locate(key + STRETCH, end, groups, heads, head, depth, width, places)
         count = min(STRETCH, end - key)
         vectors = (count + LANES - 1) // LANES
+        parts = min(_MAX_PARTS, (rows + ROWS - 1) // ROWS)
         for start in range(0, rows, ROWS):
             some = min(ROWS, rows - start)
+            part = min(start // ROWS, parts - 1)
             newest = first_position + (start + some - 1) // group_size
             if newest < key:
                 continue
-            _score(some, queries, start * depth, keys, places, depth, scores)
+            _score(some, queries, start * depth, keys, places, depth, scores, part, parts)
             for row in range(some):
                 position = first_position + (start + row) // group_size
                 low = position - window + 1 - key if window > 0 else 0
@@ -360,4 +417,6 @@ def attend_split(
                 place = (start + row) * LANES
                 put(sums, place, fma(load_vector(sums, place), fill(shrink[row]), added))
             seen = min(count, newest + 1 - key)
-            _weigh(some, scores, shrink, values, places, seen, width, out, start * width)
+            _weigh(
+                some, scores, shrink, values, places, seen, width, out, start * width, part, parts
+            )

@@ -1,9 +1,10 @@
 """Matrix products of int8 weights and rows of quantized activations, with exact int32 sums.
 
-Weights lie in panels of 64 outputs, activations in groups of 6 rows, both with four consecutive
-inputs together, as the processor's dot product of bytes wants them: weights [outputs / 64]
-[inputs / 4][64][4], activations [rows / 6][inputs / 4][6][4]. A tile of 6 rows by 64 outputs stays
-in registers over all inputs, so each weight is read from memory once for many rows.
+Weights lie in panels of 64 outputs, those in strips of as many outputs as registers can hold sums
+of; activations lie in groups of ROWS. Both have four consecutive inputs together, as the
+processor's dot product of bytes wants them: weights [outputs / STRIP][inputs / 4][STRIP][4],
+activations [rows / ROWS][inputs / 4][ROWS][4]. The sums of a strip, for a block of rows, stay in
+registers over all inputs; each weight comes from memory once for all rows of a group.
 
 Activations are unsigned, 128 more than their value; what that adds to a sum is known per output
 and taken off. Without VNNI, pairs of products are added in 16 bits: activations then have 7 bits,
@@ -12,7 +13,8 @@ which cannot overflow.
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_left
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from stallfree.kernels.ir import (
     data_of,
     load,
     offset,
+    prefetch,
     splat,
     store,
 )
@@ -41,9 +44,13 @@ from stallfree.kernels.processor import HAS_AVX512, HAS_VNNI
 from stallfree.kernels.simd import fill, load_ints
 from stallfree.kernels.simd import load as load_vector
 
-ROWS = 6  # of a tile, and of a group of activations
+ROWS = 6 if HAS_AVX512 else 8  # of a tile, and of a group of activations
+BLOCK_ROWS = 6 if HAS_AVX512 else 4  # of a tile, whose sums the registers hold
+_FETCHES = not HAS_AVX512  # measured: there the processor's own guesses are as good
+HEIGHTS = (1, 2, 4, 6) if HAS_AVX512 else tuple(range(1, ROWS + 1))  # of tiles
 VECTORS = 4
 PANEL = VECTORS * LANES  # outputs of a tile
+STRIP = PANEL if HAS_AVX512 else LANES  # outputs that lie together
 DEPTH = 4  # inputs that lie together
 LEVELS = 127 if HAS_VNNI else 63  # activations are whole numbers from -LEVELS to LEVELS
 UNIT_GROUPS = 40  # groups of rows that a thread takes at once, so that weights stay in its cache
@@ -62,61 +69,118 @@ def pack(weight: torch.Tensor, width: int, out: torch.Tensor) -> None:
         width: what inputs are padded to, with zeros.
         out: int8 (panels, width * 64), gets the panels.
     """
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     if width > inputs:
         weight = torch.nn.functional.pad(weight, (0, width - inputs))
-    quads = weight.contiguous().view(torch.int32).view(outputs // PANEL, PANEL, width // DEPTH)
-    out.view(torch.int32).view(len(out), width // DEPTH, PANEL).copy_(quads.transpose(1, 2))
+    quads = weight.contiguous().view(torch.int32).view(-1, STRIP, width // DEPTH)
+    out.view(torch.int32).view(-1, width // DEPTH, STRIP).copy_(quads.transpose(1, 2))
 
 
-def _make_tile(rows: int) -> Any:
-    """A function that multiplies `rows` rows of a group with a panel."""
-    at_once = VECTORS if HAS_AVX512 else max(1, ROWS // rows)  # as registers allow
+@intrinsic
+def _tile(
+    typing: Any,
+    rows: Any,
+    group: Any,
+    group_at: Any,
+    panel: Any,
+    steps: Any,
+    hop: Any,
+    sums: Any,
+) -> Any:
+    """Products of the first `rows` rows of a group with a panel: code for each height of a tile."""
 
-    @intrinsic
-    def tile(
-        typing: Any, group: Any, group_at: Any, panel: Any, panel_at: Any, steps: Any, sums: Any
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            arrays = [data_of(context, builder, signature.args[i], values[i]) for i in (0, 2, 5)]
-            activations = offset(builder, arrays[0], values[1])
-            weights = offset(builder, arrays[1], values[3])
-            for first in range(0, VECTORS, at_once):
-                vectors = range(first, min(first + at_once, VECTORS))
-                _multiply(builder, rows, vectors, activations, weights, values[4], arrays[2])
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        arrays = [data_of(context, builder, signature.args[i], values[i]) for i in (1, 3, 6)]
+        activations = offset(builder, arrays[0], values[2])
+        after = builder.append_basic_block("multiplied")
+        blocks = [builder.append_basic_block(f"rows{height}") for height in HEIGHTS]
+        switch = builder.switch(values[0], blocks[-1])
+        for rows in range(1, ROWS):
+            switch.add_case(I64(rows), blocks[bisect_left(HEIGHTS, rows)])
+        for height, block in zip(HEIGHTS, blocks, strict=True):
+            builder.position_at_end(block)
+            _multiply(builder, height, activations, arrays[1], values[4], values[5], arrays[2])
+            builder.branch(after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
 
-        return (
-            types.none(group, types.intp, panel, types.intp, types.intp, sums),
-            generate,
-        )
-
-    return tile
+    numbers = types.intp
+    return types.none(numbers, group, numbers, panel, numbers, numbers, sums), generate
 
 
 def _multiply(
+    builder: Any, height: int, activations: Any, weights: Any, steps: Any, hop: Any, sums: Any
+) -> None:
+    """Emit the tile of `height` rows: some vectors of outputs at once, for a few rows at once."""
+    at_once = VECTORS if HAS_AVX512 else {1: VECTORS, 2: 2}.get(height, 1)  # as registers allow
+    row_blocks = [
+        range(first, min(first + BLOCK_ROWS, height)) for first in range(0, height, BLOCK_ROWS)
+    ]
+    for first in range(0, VECTORS, at_once):
+        vectors = range(first, first + at_once)
+        for part, rows in enumerate(row_blocks):
+            ahead = _Ahead(part, len(row_blocks), hop) if _FETCHES and height > 1 else None
+            _multiply_block(builder, rows, vectors, activations, weights, steps, sums, ahead)
+
+
+class _Ahead(NamedTuple):
+    """Weights to ask for while others are used: those of the next vectors, or of the next panel.
+
+    Each block of rows asks for its part, so that memory is as busy under the last block, whose
+    weights are in the cache, as under the first.
+
+    Attributes:
+        part, parts: which of how many.
+        hop: bytes from this panel to the next.
+    """
+
+    part: int
+    parts: int
+    hop: Any
+
+    def fetch(self, builder: Any, vectors: range, weights: Any, steps: Any, index: Any) -> None:
+        """Emit what turn `index` of a loop over `steps` asks for."""
+        strip = builder.mul(steps, I64(STRIP * DEPTH))  # bytes
+        place = builder.mul(builder.udiv(strip, I64(self.parts)), I64(self.part))
+        place = builder.add(place, builder.mul(index, I64(STRIP * DEPTH // self.parts)))
+        is_end = vectors.stop == VECTORS
+        if is_end:
+            place = builder.add(place, self.hop)
+        first = 0 if is_end else vectors.stop
+        for vector in range(first, first + len(vectors)):
+            at = builder.add(place, builder.mul(strip, I64(vector)))
+            prefetch(builder, offset(builder, weights, at))
+
+
+def _multiply_block(
     builder: Any,
-    rows: int,
+    rows: range,
     vectors: range,
     activations: Any,
     weights: Any,
     steps: Any,
     sums: Any,
+    ahead: _Ahead | None,
 ) -> None:
-    """Emit the tile of the first `rows` rows and these vectors of a panel's outputs."""
-    loop = Loop(builder, steps, [ir.Constant(I32X16, None)] * (rows * len(vectors)))
+    """Emit products whose sums stay in registers: of these rows and these vectors of outputs."""
+    loop = Loop(builder, steps, [ir.Constant(I32X16, None)] * (len(rows) * len(vectors)))
     a = offset(builder, activations, builder.mul(loop.index, I64(ROWS * DEPTH)))
-    w = offset(builder, weights, builder.mul(loop.index, I64(PANEL * DEPTH)))
-    columns = [
-        load(builder, offset(builder, w, v * LANES * DEPTH), I32X16, align=64) for v in vectors
-    ]
+    w = offset(builder, weights, builder.mul(loop.index, I64(STRIP * DEPTH)))
+    columns = []
+    for v in vectors:
+        strip, lane = divmod(v * LANES, STRIP)
+        start = builder.mul(steps, I64(strip * STRIP * DEPTH))
+        place = offset(builder, w, builder.add(start, I64(lane * DEPTH)))
+        columns.append(load(builder, place, I32X16, align=64))
+    if ahead is not None:
+        ahead.fetch(builder, vectors, weights, steps, loop.index)
     carried = iter(loop.values)
     made = []
-    for row in range(rows):
+    for row in rows:
         four = splat(builder, load(builder, offset(builder, a, row * DEPTH), I32))
         made += [_dot(builder, next(carried), four, column) for column in columns]
     done = iter(loop.close(made))
-    for row in range(rows):
+    for row in rows:
         for v in vectors:
             place = offset(builder, sums, (row * VECTORS + v) * LANES)
             store(builder, next(done), place, align=64)
@@ -142,21 +206,17 @@ def _dot(builder: Any, sums: Any, activations: Any, weights: Any) -> Any:
     return builder.add(sums, builder.shuffle_vector(*halves, both))
 
 
-_tile1, _tile2, _tile4, _tile6 = (_make_tile(rows) for rows in (1, 2, 4, ROWS))
+@compiled
+def multiply_tile(rows, activations, group, weights, panel, steps, hop, sums):
+    """Products of the first `rows` rows of a group with a panel into `sums` int32 (ROWS * 64,).
 
-
-@inlined
-def multiply_tile(rows, activations, group, weights, panel, steps, sums):
-    """Products of the first `rows` rows of a group with a panel into `sums` int32 (6 * 64,)."""
+    Args:
+        steps: inputs / 4.
+        hop: panels from this one to the next that the thread will probably take.
+    """
     group_at = group * steps * (ROWS * DEPTH)
-    if rows > 4:
-        _tile6(activations, group_at, weights[panel], 0, steps, sums)
-    elif rows > 2:
-        _tile4(activations, group_at, weights[panel], 0, steps, sums)
-    elif rows > 1:
-        _tile2(activations, group_at, weights[panel], 0, steps, sums)
-    else:
-        _tile1(activations, group_at, weights[panel], 0, steps, sums)
+    hop_bytes = hop * steps * (PANEL * DEPTH)
+    _tile(rows, activations, group_at, weights[panel], steps, hop_bytes, sums)
 
 
 @inlined
@@ -178,7 +238,7 @@ def dequantized(sums, row, vector, row_scale, matrix, panel_at):
 def _sum_columns(thread, threads, weights, ones, sums, out):
     steps = weights.shape[1] // (PANEL * DEPTH)
     for panel in range(thread, weights.shape[0], threads):
-        multiply_tile(1, ones, 0, weights, panel, steps, sums[thread])
+        multiply_tile(1, ones, 0, weights, panel, steps, threads, sums[thread])
         for i in range(PANEL):
             out[panel * PANEL + i] = sums[thread, i] * (LEVELS + 1)
 

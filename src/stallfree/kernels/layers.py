@@ -113,7 +113,7 @@ class Work(NamedTuple):
     Attributes:
         token_ids, slots: int64 (T,).
         angles: float32 (T, 2, D), cosines and sines.
-        blocks: int64 (chunks, longest), the block tables.
+        groups: int64 (chunks, longest), where each 16 tokens of a chunk's context are in the cache.
         items: int64 (items, 6): chunk, first row, its position, rows (tokens), which split (or -1:
             all), and the part it goes to.
         parts: int64 (T, 2): the first part of a row's splits and how many there are; 0: none.
@@ -122,7 +122,7 @@ class Work(NamedTuple):
     token_ids: np.ndarray
     slots: np.ndarray
     angles: np.ndarray
-    blocks: np.ndarray
+    groups: np.ndarray
     items: np.ndarray
     parts: np.ndarray
 
@@ -168,7 +168,6 @@ class Cache(NamedTuple):
 
     keys: np.ndarray
     values: np.ndarray
-    block_size: int
 
 
 class Job(NamedTuple):
@@ -255,7 +254,9 @@ def _multiply(team, base, rows, matrix, kind, out, at, stride, scratch):
         first_group, panel = unit // panels * UNIT_GROUPS, unit % panels
         for group in range(first_group, min(groups, first_group + UNIT_GROUPS)):
             some = min(ROWS, rows - group * ROWS)
-            multiply_tile(some, scratch.activations, group, matrix.weights, panel, steps, sums)
+            multiply_tile(
+                some, scratch.activations, group, matrix.weights, panel, steps, team.threads, sums
+            )
             for i in range(some):
                 row = group * ROWS + i
                 scale = scratch.scales[row]
@@ -368,8 +369,7 @@ def _attend_item(thread, layer, item, head, window, stride, job):
             queries,
             job.cache.keys[layer],
             job.cache.values[layer],
-            job.work.blocks[chunk],
-            job.cache.block_size // LANES,
+            job.work.groups[chunk],
             shape.kv_heads,
             head,
             depth,

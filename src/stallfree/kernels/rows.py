@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stallfree.kernels.attention import GROUP, merge
-from stallfree.kernels.int8_matmul import DEPTH, LEVELS, PANEL, ROWS
+from stallfree.kernels.int8_matmul import DEPTH, LEVELS, PANEL, ROWS, STRIP
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, inlined
 from stallfree.kernels.simd import (
@@ -31,11 +31,12 @@ _TINY = np.float32(1e-12)  # the scale of a row of zeros
 def embed(token, weights, scales, out, at, width):
     """The row of `token` in an int8 table packed as weights, as floats; zeros up to `width`."""
     panel = weights[token // PANEL]
-    lane = token % PANEL
+    strip = token % PANEL // STRIP * (width // DEPTH)
+    lane = token % STRIP
     scale = scales[token]
     for step in range(width // DEPTH):
         for i in range(DEPTH):
-            value = np.float32(panel[(step * PANEL + lane) * DEPTH + i])
+            value = np.float32(panel[((strip + step) * STRIP + lane) * DEPTH + i])
             out[at + step * DEPTH + i] = value * scale
 
 
@@ -53,11 +54,16 @@ def rms_norm(x, at, weight, size, width, epsilon, out, out_at):
 
 @inlined
 def quantize(x, at, width, row, activations, scales):
-    """Round a row of `width` floats to whole numbers at a scale of its own, packed for tiles."""
-    top = fill(_ZERO)
+    """Round a row of `width` floats to whole numbers at a scale of its own, packed for tiles.
+
+    The scale is NaN if one of the floats is no finite number.
+    """
+    top, nothing = fill(_ZERO), fill(_ZERO)
     for i in range(0, width, LANES):
-        top = maximum(top, absolute(load(x, at + i)))
-    most = max(largest(top), _TINY)
+        some = load(x, at + i)
+        top = maximum(top, absolute(some))
+        nothing = fma(some, fill(_ZERO), nothing)
+    most = max(largest(top), _TINY) + total(nothing)
     factor = fill(np.float32(LEVELS) / most)
     start = (row // ROWS * (width // DEPTH) * ROWS + row % ROWS) * DEPTH
     for i in range(0, width, LANES):

@@ -234,8 +234,12 @@ def put_one(typing: Any, array: Any, index: Any, scalar: Any) -> Any:
 
 
 def _clamp(builder: Any, vector: Any, limit: float) -> Any:
-    vector = call(builder, "llvm.minnum.v16f32", F32X16, vector, splat(builder, F32(limit)))
-    return call(builder, "llvm.maxnum.v16f32", F32X16, vector, splat(builder, F32(-limit)))
+    """Cut at `limit` and its negative; NaN stays."""
+    for order, edge in ((">", limit), ("<", -limit)):
+        edges = splat(builder, F32(edge))
+        outside = builder.fcmp_ordered(order, vector, edges)
+        vector = builder.select(outside, edges, vector)
+    return vector
 
 
 @intrinsic

@@ -49,7 +49,7 @@ class Int8KVCache:
         keys, values = self.keys, self.values
         if keys.dtype == torch.float16:
             keys, values = keys.view(torch.uint16), values.view(torch.uint16)
-        return layers.Cache(keys.numpy(), values.numpy(), self.block_size)
+        return layers.Cache(keys.numpy(), values.numpy())
 
 
 class Int8Decoder:
@@ -166,19 +166,21 @@ class Int8Decoder:
 
     def _plan(self, batch: ModelInput, block_size: int) -> tuple[layers.Work, int]:
         """The batch as arrays, and how many splits are computed on their own."""
-        longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks)
-        blocks = np.zeros((len(batch.chunks), longest), dtype=np.int64)
+        block_groups = block_size // attention.GROUP
+        longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks) * block_groups
+        groups = np.zeros((len(batch.chunks), longest), dtype=np.int64)
         parts = np.zeros((len(batch.token_ids), 2), dtype=np.int64)
         positions = np.concatenate([np.arange(c.start, c.stop) for c in batch.chunks])
         slots = np.empty(len(batch.token_ids), dtype=np.int64)
         items: list[tuple[int, ...]] = []
         num_parts = 0
         for index, chunk in enumerate(batch.chunks):
-            table = chunk.blocks[: -(-chunk.stop // block_size)]
-            blocks[index, : len(table)] = table
+            table = np.array(chunk.blocks[: -(-chunk.stop // block_size)])
+            own = groups[index, : len(table) * block_groups]
+            own[:] = (table[:, None] * block_groups + np.arange(block_groups)).reshape(-1)
             rows = slice(chunk.first_row, chunk.first_row + chunk.stop - chunk.start)
             at = positions[rows]
-            slots[rows] = blocks[index, at // block_size] * block_size + at % block_size
+            slots[rows] = own[at // attention.GROUP] * attention.GROUP + at % attention.GROUP
             splits = -(-chunk.stop // attention.SPLIT)
             if chunk.stop - chunk.start == 1 and splits > 1:
                 parts[chunk.first_row] = num_parts, splits
@@ -193,7 +195,7 @@ class Int8Decoder:
             token_ids=np.array(batch.token_ids, dtype=np.int64),
             slots=slots,
             angles=self._rope.at(torch.from_numpy(positions), torch.float32).numpy(),
-            blocks=blocks,
+            groups=groups,
             items=np.array(items, dtype=np.int64),
             parts=parts,
         )
