@@ -277,10 +277,10 @@ class _Loader:
         return layers.Product(*(array[0] for array in made))
 
     def norm(self, name: str) -> np.ndarray:
-        """A norm's weight float32 (padded hidden,)."""
+        """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
         weight = self._reader.floats(name, (self._config.hidden_size,)).float()
         self.num_bytes += weight.nbytes
-        return np.asarray(_pad(weight, self._width))
+        return np.array(_pad(weight, self._width))
 
     def all_layers(self, on_layer: Callable[[int], None] | None) -> layers.Layers:
         """All layers."""
