@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,9 +16,12 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
+from tiny_models import write_gguf
 
 from stallfree.errors import WeightFileError
 from stallfree.model import int8_cache
+from stallfree.model.gguf import GgufWeights
+from stallfree.model.int8 import quantize_rows, weight_levels
 from stallfree.model.int8_cache import HeldWeights, int8_weights
 from stallfree.model.weight_reader import SCALES
 from stallfree.model.weights import SafetensorsWeights
@@ -80,6 +84,12 @@ def is_cached(folder: Path) -> bool:
 
 def entries(cache: Path) -> list[str]:
     return sorted(file.parent.name for file in cache.glob("*/model.safetensors"))
+
+
+def lock_of(cache: Path, model: Path) -> Path:
+    """The lock of the model's entry, in a folder that exists."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{int8_cache._key(model)}.lock"
 
 
 def test_a_copied_a_moved_and_a_touched_model_are_the_same(cache: Path, tmp_path: Path) -> None:
@@ -279,25 +289,133 @@ def test_a_lock_that_is_never_released_is_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(int8_cache, "_LOCK_TIMEOUT_S", 0.01)
     model = save_model(tmp_path / "model")
-    cache.mkdir(parents=True)
-    with FileLock(cache / "lock"):
+    with FileLock(lock_of(cache, model)):
         assert start(model).dtype == torch.int8
+    assert "waiting for another process that rounds this model" in caplog.text
     assert "another process has held" in caplog.text
     assert entries(cache) == []
 
 
-def test_a_model_that_changes_while_it_is_read_is_not_kept(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_another_model_is_not_waited_for_nor_is_its_half_written_file_removed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 1)
+    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
+    lock = lock_of(cache, old)
+    half = lock.with_suffix("") / ".model.safetensors.x"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    with FileLock(lock):
+        start(new)
+    assert half.exists()
+    assert is_cached(new)
+    assert caplog.text == ""
+
+
+def test_the_lock_outlives_an_entry_that_is_dropped(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 1)
+    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
+    lock = lock_of(cache, old)
+    start(old)
+    inode = lock.stat().st_ino
+    start(new)
+    assert not is_cached(old)
+    assert lock.stat().st_ino == inode
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(cache: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
 
     def change(done: int, total: int) -> None:
         save_model(model, seed=done)
 
-    weights = int8_weights(model, SafetensorsWeights(model), change)
-    assert weights.tensor(NAME).dtype == torch.int8
-    assert "was changed while it was read" in caplog.text
+    with pytest.raises(WeightFileError, match="model changed while it was read; start again"):
+        int8_weights(model, SafetensorsWeights(model), change)
     assert entries(cache) == []
+
+
+def test_a_change_that_leaves_the_marks_is_refused(cache: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    weights = HeldWeights({NAME: torch.ones(4, 32)})  # without marks
+
+    def change(done: int, total: int) -> None:
+        save_model(model, seed=1)
+
+    with pytest.raises(WeightFileError, match="changed while it was read"):
+        int8_weights(model, weights, change)
+    assert entries(cache) == []
+
+
+def test_a_change_is_refused_without_a_cache_as_well(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("STALLFREE_CACHE", str(blocked))
+    model = save_model(tmp_path / "model")
+    with pytest.raises(WeightFileError, match="changed while it was read"):
+        int8_weights(
+            model, SafetensorsWeights(model), lambda done, _: os.utime(model / "model.safetensors")
+        )
+
+
+@pytest.mark.parametrize("is_new_cached", [False, True])
+def test_a_model_replaced_after_it_was_opened_is_refused(
+    cache: Path, tmp_path: Path, is_new_cached: bool
+) -> None:
+    model, new = save_model(tmp_path / "model"), save_model(tmp_path / "new", seed=1)
+    right = quantize_rows(SafetensorsWeights(new).tensor(NAME), weight_levels())[0]
+    if is_new_cached:
+        start(new)
+    opened = SafetensorsWeights(model)
+    (new / "model.safetensors").rename(model / "model.safetensors")
+    with pytest.raises(WeightFileError, match="model changed while it was read; start again"):
+        int8_weights(model, opened)
+    assert len(entries(cache)) == is_new_cached
+    assert torch.equal(start(model), right)
+
+
+def test_a_gguf_file_replaced_after_it_was_opened_is_noticed(cache: Path, tmp_path: Path) -> None:
+    path, new = tmp_path / "model.gguf", tmp_path / "new.gguf"
+    for file in (path, new):
+        write_gguf(file)
+    opened = GgufWeights(path)
+    new.rename(path)
+    with pytest.raises(WeightFileError, match=r"model\.gguf changed while it was read"):
+        int8_weights(path, opened)
+    assert entries(cache) == []
+
+
+def test_why_an_entry_is_made_anew_is_said_once(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_model(tmp_path / "model")
+    values = start(model).clone()  # it is mapped
+    assert caplog.text == ""
+    [file] = cache.glob("*/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    assert torch.equal(start(model), values)
+    [record] = caplog.records
+    assert "are made anew: " in record.getMessage()
+    assert "is not a usable safetensors file" in record.getMessage()
+
+
+def test_an_entry_that_may_not_be_read_is_not_called_damaged(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_model(tmp_path / "model")
+    start(model)
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    weights = SafetensorsWeights(model)
+    monkeypatch.setattr(int8_cache, "SafetensorsWeights", refuse)
+    int8_weights(model, weights)
+    assert "Permission denied" in caplog.text
+    assert "damaged" not in caplog.text
 
 
 def test_a_write_that_fails_leaves_nothing(

@@ -20,6 +20,7 @@ from stallfree.kernels.int8_matmul import (
     LEVELS,
     PANEL,
     ROWS,
+    WEIGHT_LEVELS,
     corrections_of,
     multiply_tile,
     pack,
@@ -65,7 +66,7 @@ def aligned(*shape: int, dtype: torch.dtype) -> Any:
 
 
 def groups_of(rows: Any) -> Any:
-    """Activations (rows, inputs) as tiles take them: [rows / 6][inputs / 4][6][4], flat."""
+    """Activations (rows, inputs) as tiles take them: [rows / ROWS][inputs / 4][ROWS][4], flat."""
     count, width = rows.shape
     whole = np.zeros((padded(count, ROWS), width), dtype=np.uint8)
     whole[:count] = rows
@@ -97,7 +98,7 @@ def multiply(activations: Any, weight: Any) -> Any:
 def test_sums_of_products_are_exact(rows: int, inputs: int, outputs: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     activations = rng.integers(-LEVELS, LEVELS + 1, (rows, inputs))
-    weight = rng.integers(-127, 128, (outputs, inputs), dtype=np.int8)
+    weight = rng.integers(-WEIGHT_LEVELS, WEIGHT_LEVELS + 1, (outputs, inputs), dtype=np.int8)
     made = multiply(activations, weight)
     assert (made[:, :outputs] == activations @ weight.T.astype(np.int64)).all()
     assert not made[:, outputs:].any()
@@ -106,10 +107,10 @@ def test_sums_of_products_are_exact(rows: int, inputs: int, outputs: int, seed: 
 
 
 @pytest.mark.parametrize("activation", [-LEVELS, LEVELS])
-@pytest.mark.parametrize("weight", [-127, 127])
+@pytest.mark.parametrize("weight", [-WEIGHT_LEVELS, WEIGHT_LEVELS])
 def test_the_largest_sums_are_exact(activation: int, weight: int) -> None:
-    """Of more inputs than any model's matrices have: nothing overflows or saturates."""
-    inputs = 57_344
+    """Of as many inputs as the largest models have: nothing overflows or saturates."""
+    inputs = 73_728
     activations, weights = np.full((7, inputs), activation), np.full((65, inputs), weight, np.int8)
     made = multiply(activations, weights)
     assert (made[:, :65] == inputs * activation * weight).all()

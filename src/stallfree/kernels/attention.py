@@ -1,14 +1,15 @@
 """Causal attention over a paged cache, for decodes and chunks of prompts alike.
 
 The query heads that share a key head are rows, and so are the tokens of a chunk: row f is token
-f // G with head f % G of its group of G. Rows are run 7 at a time (what registers hold), keys 128
-at a time (a *stretch*), with a running softmax ("flash attention", arXiv 2205.14135): keys and
+f // G with head f % G of its group of G. ROWS rows are run at a time (what registers hold), keys
+128 at a time (a *stretch*), with a running softmax ("flash attention", arXiv 2205.14135): keys and
 values of a stretch come from memory once for all rows of an item. Long contexts are cut into
 *splits* of 1,024 keys whose results are merged in order ("flash decoding"), so that several threads
 can share one request.
 
 A row's arithmetic depends on its own position alone: stretches and splits begin at fixed positions,
-and a key that it must not see counts exactly nothing. So it has the same result in any batch.
+and a key that it must not see adds exactly nothing, as long as values are finite. So it has the
+same result in any batch.
 
 Keys and values lie in groups of 16 tokens: keys [groups][K][D][16], so that 16 keys are a vector,
 values [groups][K][16][padded D].
@@ -201,9 +202,9 @@ def _make_weigh(rows: int, vectors: int) -> Any:
     return weigh
 
 
-_score1, _score2, _score4, _score7 = (_make_score(rows) for rows in (1, 2, 4, ROWS))
-_weigh1, _weigh2, _weigh4, _weigh7 = (_make_weigh(rows, _VECTORS) for rows in (1, 2, 4, ROWS))
-_narrow1, _narrow2, _narrow4, _narrow7 = (_make_weigh(rows, 1) for rows in (1, 2, 4, ROWS))
+_score1, _score2, _score4, _score_most = (_make_score(rows) for rows in (1, 2, 4, ROWS))
+_weigh1, _weigh2, _weigh4, _weigh_most = (_make_weigh(rows, _VECTORS) for rows in (1, 2, 4, ROWS))
+_narrow1, _narrow2, _narrow4, _narrow_most = (_make_weigh(rows, 1) for rows in (1, 2, 4, ROWS))
 
 
 @compiled
@@ -212,7 +213,7 @@ def _score(rows, queries, at, keys, places, depth, scores, part, parts):
     step = GROUP // parts
     later = part * step * depth
     if rows > 4:
-        _score7(queries, at, keys, places, depth, scores, later, step)
+        _score_most(queries, at, keys, places, depth, scores, later, step)
     elif rows > 2:
         _score4(queries, at, keys, places, depth, scores, later, step)
     elif rows > 1:
@@ -225,12 +226,12 @@ def _score(rows, queries, at, keys, places, depth, scores, part, parts):
 def _weigh(rows, weights, shrink, values, places, count, width, out, at, part, parts):
     """Add weighted values; asks for part `part` of `parts` of the next stretch's values."""
     turns = width // (_VECTORS * LANES) + width % (_VECTORS * LANES) // LANES
-    step = max(1, width // (parts * turns))
+    step = width // (parts * turns)
     later = part * turns * step * GROUP
     column = 0
     while column + _VECTORS * LANES <= width:
         if rows > 4:
-            _weigh7(weights, shrink, values, places, count, width, column, out, at, later, step)
+            _weigh_most(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 2:
             _weigh4(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 1:
@@ -241,7 +242,9 @@ def _weigh(rows, weights, shrink, values, places, count, width, out, at, part, p
         later += step * GROUP
     while column < width:
         if rows > 4:
-            _narrow7(weights, shrink, values, places, count, width, column, out, at, later, step)
+            _narrow_most(
+                weights, shrink, values, places, count, width, column, out, at, later, step
+            )
         elif rows > 2:
             _narrow4(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 1:
@@ -369,7 +372,7 @@ def attend_split(
 
     Args:
         rows: of the item; row f is the token at `first_position` + f // `group_size`.
-        queries: packed [rows / 7][depth][7], scaled by log2(e) / sqrt(depth).
+        queries: packed [rows / ROWS][depth][ROWS], scaled by log2(e) / sqrt(depth).
         keys, values: of the layer, flat.
         groups: where each 16 tokens of the request are, in groups.
         out: (rows, width), unscaled; `sums` (rows, 16), of weights, and `tops` (rows,), of scores.

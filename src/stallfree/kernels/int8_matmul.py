@@ -7,8 +7,8 @@ activations [rows / ROWS][inputs / 4][ROWS][4]. The sums of a strip, for a block
 registers over all inputs; each weight comes from memory once for all rows of a group.
 
 Activations are unsigned, 128 more than their value; what that adds to a sum is known per output
-and taken off. Without VNNI, pairs of products are added in 16 bits: activations then have 7 bits,
-which cannot overflow.
+and taken off. Without VNNI, pairs of products are added in 16 bits: weights then have 7 bits, so
+that nothing overflows. (Activations of 7 bits cost more: see docs/log.md.)
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ VECTORS = 4
 PANEL = VECTORS * LANES  # outputs of a tile
 STRIP = PANEL if HAS_AVX512 else LANES  # outputs that lie together
 DEPTH = 4  # inputs that lie together
-LEVELS = 127 if HAS_VNNI else 63  # activations are whole numbers from -LEVELS to LEVELS
+LEVELS = 127  # activations are whole numbers from -LEVELS to LEVELS
+WEIGHT_LEVELS = 127 if HAS_VNNI else 63  # weights, from -WEIGHT_LEVELS to WEIGHT_LEVELS
 UNIT_GROUPS = 40  # groups of rows that a thread takes at once, so that weights stay in its cache
 
 

@@ -181,7 +181,8 @@ def load_ints(typing: Any, array: Any, index: Any, minus: Any, minus_index: Any)
 def put(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     """Store 16 floats in a flat array from `index`; in uint16 as float16.
 
-    float16 is cut at its largest numbers, so that none becomes infinite.
+    float16 is cut at its largest numbers, so that no number becomes infinite; infinities become
+    NaN, so that a later sum tells of them.
     """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -234,12 +235,13 @@ def put_one(typing: Any, array: Any, index: Any, scalar: Any) -> Any:
 
 
 def _clamp(builder: Any, vector: Any, limit: float) -> Any:
-    """Cut at `limit` and its negative; NaN stays."""
+    """Cut finite lanes at `limit` and its negative; what is no finite number becomes NaN."""
+    nothing = builder.fmul(vector, splat(builder, F32(0.0)))  # NaN for infinities and NaN
     for order, edge in ((">", limit), ("<", -limit)):
         edges = splat(builder, F32(edge))
         outside = builder.fcmp_ordered(order, vector, edges)
         vector = builder.select(outside, edges, vector)
-    return vector
+    return builder.fadd(vector, nothing)
 
 
 @intrinsic

@@ -19,6 +19,7 @@ from stallfree.errors import UnsupportedModelError, WeightFileError
 from stallfree.model.config import ModelConfig
 from stallfree.model.gguf_config import architecture_of, end_token_ids, read_config
 from stallfree.model.gguf_header import GgufHeader, TensorInfo, read_header
+from stallfree.model.weights import path_marks
 
 _CHUNK_ELEMENTS = 1 << 16  # dequantized at a time: small enough for the processor's caches
 
@@ -50,6 +51,7 @@ class GgufWeights:
     Attributes:
         hf_config: the `config.json` that the metadata amounts to.
         end_token_ids: the tokens that end an answer.
+        opened: the file, with its marks from just before it was opened.
 
     Raises:
         WeightFileError: the file is corrupt, truncated, hostile or incomplete.
@@ -57,6 +59,7 @@ class GgufWeights:
     """
 
     def __init__(self, path: Path) -> None:
+        self.opened = {path: path_marks(path)}
         header = read_header(path)
         self._header = header
         self._permuted = architecture_of(header).permuted

@@ -1,8 +1,8 @@
 """int8 weights on disk: a model is quantized once, and mapped from then on.
 
 They are found by the content of the model's files, wherever those are. Hashing that takes seconds,
-so the hashes are kept too, in an index, until a file's size, times or inode change. While a model
-is quantized its float weights are in memory one tensor at a time.
+so the hashes are kept too, in an index, until a file's size, times, device or inode change. While a
+model is quantized its float weights are in memory one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ from safetensors.torch import save_file
 
 from stallfree.cache import atomic_file, cache_folder, writing_to
 from stallfree.errors import ModelError, WeightFileError
-from stallfree.model.int8 import quantize_rows
+from stallfree.model.int8 import quantize_rows, weight_levels
 from stallfree.model.weight_reader import SCALES
-from stallfree.model.weights import SafetensorsWeights, WeightSource
+from stallfree.model.weights import (
+    HeldWeights,
+    SafetensorsWeights,
+    WeightSource,
+    marks_of,
+    path_marks,
+)
+
+__all__ = ["HeldWeights", "int8_weights"]
 
 _FORMAT = 2
 _MAX_ENTRIES = 4
 _FILE = "model.safetensors"
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-_LOCK = "lock"
 _LOCK_TIMEOUT_S = 600.0  # quantizing some billions of weights takes minutes
 _INDEX = "hashes.json"
 _MAX_INDEX_FILES = 512  # more than any model has, so that one fits
@@ -42,27 +49,6 @@ _MAX_INDEX_BYTES = 4 << 20
 _SETTLED_NS = 2_000_000_000  # file systems tell times apart that differ by this much
 _SHA256 = re.compile("[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
-
-
-class HeldWeights:
-    """Tensors in memory, for where the cache folder cannot be written."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> frozenset[str]:
-        """All names."""
-        return frozenset(self._tensors)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor.
-
-        Raises:
-            WeightFileError: there is none of that name.
-        """
-        if name not in self._tensors:
-            raise WeightFileError(f"there is no weight {name}")
-        return self._tensors[name]
 
 
 def int8_weights(
@@ -80,61 +66,71 @@ def int8_weights(
         on_tensor: called with how many tensors of how many are quantized, for progress.
 
     Raises:
-        WeightFileError: a weight cannot be read.
+        WeightFileError: a weight cannot be read, or a file has changed since it was opened.
     """
     entry = cache_folder() / "int8" / _key(path)
-    cached = _read(entry)
+    _refuse_if_changed(path, weights)
+    cached = _read(entry, logging.WARNING)
     if cached is not None:
         return cached
     try:
-        lock = _lock(entry.parent)
+        lock = _lock(entry)
     except ModelError as error:
         _warn_not_kept(error)
-        return HeldWeights(_quantize(weights, on_tensor))
+        return HeldWeights(_quantize(path, entry.name, weights, on_tensor))
     with lock:
-        cached = _read(entry)
-        return _make(path, entry, weights, on_tensor) if cached is None else cached
+        # Another process may have made it by now. What is wrong with it otherwise has been said.
+        return _read(entry, logging.DEBUG) or _keep(
+            entry, _quantize(path, entry.name, weights, on_tensor)
+        )
 
 
-def _read(entry: Path) -> WeightSource | None:
-    """The weights of an entry, marked as used now; None if there are none that are whole."""
+def _read(entry: Path, level: int) -> WeightSource | None:
+    """The weights of an entry, marked as used now; None if there are none, or they cannot be read.
+
+    Why they cannot be read is logged with `level`.
+    """
     try:
+        if not (entry / _FILE).exists():
+            return None
         weights = SafetensorsWeights(entry)
-    except (WeightFileError, OSError):
+    except (WeightFileError, OSError) as error:
+        _log.log(level, "the int8 weights in %s are made anew: %s", entry, error)
         return None
     with suppress(OSError):  # a cache that cannot be written can still be read
         os.utime(entry / _FILE)
     return weights
 
 
-def _lock(folder: Path) -> AcquireReturnProxy[Any]:
-    """Hold the lock of all entries while the returned object is used as a context.
+def _lock_file(entry: Path) -> Path:
+    """It lies beside the entry and is never removed, so that all processes lock the same file."""
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _lock(entry: Path) -> AcquireReturnProxy[Any]:
+    """Hold the lock of an entry while the returned object is used as a context.
 
     Raises:
         ModelError: the folder cannot be written, or another process holds the lock.
     """
-    with writing_to(folder, num_bytes=0):
-        folder.mkdir(parents=True, exist_ok=True)
+    file = _lock_file(entry)
+    with writing_to(file.parent, num_bytes=0):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=_LOCK_TIMEOUT_S)
         try:
-            return FileLock(folder / _LOCK, timeout=_LOCK_TIMEOUT_S).acquire()
+            with suppress(Timeout):
+                return lock.acquire(timeout=0)
+            _log.warning("waiting for another process that rounds this model (it holds %s)", file)
+            return lock.acquire()
         except Timeout:
-            raise ModelError(
-                f"another process has held {folder / _LOCK} for {_LOCK_TIMEOUT_S:.0f} s"
-            ) from None
+            raise ModelError(f"another process has held {file} for {_LOCK_TIMEOUT_S:g} s") from None
         except NotImplementedError as error:
-            raise ModelError(f"{folder / _LOCK} cannot be locked: {error}") from None
+            raise ModelError(f"{file} cannot be locked: {error}") from None
 
 
-def _make(
-    path: Path, entry: Path, weights: WeightSource, on_tensor: Callable[[int, int], None] | None
-) -> WeightSource:
-    """Quantize the weights and keep them in `entry`, while the lock is held."""
-    if (entry / _FILE).exists():
-        _log.warning("making the damaged int8 weights in %s anew", entry)
-    tensors = _quantize(weights, on_tensor)
+def _keep(entry: Path, tensors: dict[str, torch.Tensor]) -> WeightSource:
+    """Write the tensors into `entry`, whose lock is held; what to read them from."""
     try:
-        if _key(path) != entry.name:
-            raise WeightFileError(f"{path} was changed while it was read")
         _tidy(entry)
         with atomic_file(entry / _FILE, sum(tensor.nbytes for tensor in tensors.values())) as file:
             save_file(tensors, file.name)
@@ -151,37 +147,61 @@ def _warn_not_kept(error: Exception) -> None:
 
 
 def _quantize(
-    weights: WeightSource, on_tensor: Callable[[int, int], None] | None
+    path: Path, key: str, weights: WeightSource, on_tensor: Callable[[int, int], None] | None
 ) -> dict[str, torch.Tensor]:
+    """All tensors, which are of the content that `key` stands for.
+
+    Raises:
+        WeightFileError: a weight cannot be read, or a file has changed since it was opened.
+    """
     tensors: dict[str, torch.Tensor] = {}
     names = sorted(weights.names())
     for index, name in enumerate(names):
         tensors |= _quantize_one(name, weights.tensor(name))
         if on_tensor is not None:
             on_tensor(index + 1, len(names))
+    _refuse_if_changed(path, weights, key)
     return tensors
+
+
+def _refuse_if_changed(path: Path, weights: WeightSource, key: str | None = None) -> None:
+    """Make sure that what is at `path` is what was opened, as a mapped file outlives its name.
+
+    A file that is written twice within moments can keep its marks, so a key can be compared too.
+    """
+    marks = {file: path_marks(file) for file in weights.opened}
+    if marks != weights.opened or (key is not None and key != _key(path)):
+        raise WeightFileError(f"{path} changed while it was read; start again")
 
 
 def _quantize_one(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if tensor.dim() != 2:
         return {name: tensor.float()}
-    values, scales = quantize_rows(tensor.float())
+    values, scales = quantize_rows(tensor.float(), weight_levels())
     return {name: values, name + SCALES: scales}
 
 
 def _tidy(current: Path) -> None:
     """Make room for `current`: drop the entries unused for longest, and what killed processes left.
 
-    Whoever writes an entry holds the lock, so that a file which is not yet whole has no owner.
+    Whoever writes an entry holds its lock, as the caller does that of `current`; entries whose
+    lock is not free are left alone.
     """
-    for file in current.parent.glob("*/*"):
+    _remove_unfinished(current)
+    others = [entry for entry in current.parent.iterdir() if entry.is_dir() and entry != current]
+    others.sort(key=_last_used, reverse=True)
+    for rank, entry in enumerate(others, start=1):
+        with suppress(OSError, NotImplementedError), FileLock(_lock_file(entry), timeout=0):
+            _remove_unfinished(entry)
+            if rank >= _MAX_ENTRIES:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _remove_unfinished(entry: Path) -> None:
+    for file in entry.glob("*"):
         if file.name != _FILE:
             with suppress(OSError):
                 file.unlink()
-    others = [entry for entry in current.parent.iterdir() if entry.is_dir() and entry != current]
-    others.sort(key=_last_used, reverse=True)
-    for entry in others[_MAX_ENTRIES - 1 :]:
-        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _last_used(entry: Path) -> float:
@@ -204,14 +224,15 @@ def _key(path: Path) -> str:
     hashes = _FileHashes(cache_folder() / "int8" / _INDEX)
     contents = [(str(file.relative_to(path)), hashes.sha256(file)) for file in files]
     hashes.save()
-    return hashlib.sha256(json.dumps([_FORMAT, contents]).encode()).hexdigest()[:32]
+    made_of = json.dumps([_FORMAT, weight_levels(), contents])
+    return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
 
 class _FileHashes:
     """SHA-256 of files; the newest are remembered in an index, a JSON file.
 
-    A file is taken for unchanged while its size, times and inode are. They can stay when it is
-    written twice within moments, so one that was written just now is not remembered.
+    A file is taken for unchanged while its marks are. They can stay when it is written twice
+    within moments, so one that was written just now is not remembered.
     """
 
     def __init__(self, index: Path) -> None:
@@ -231,15 +252,15 @@ class _FileHashes:
             with file.open("rb") as stream:
                 stat = os.fstat(stream.fileno())
                 known = self._known.get(name)
-                if known is not None and known[:-1] == _marks(stat):
+                if known is not None and known[:-1] == [*marks_of(stat)]:
                     return str(known[-1])
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                is_same = _marks(os.fstat(stream.fileno())) == _marks(stat)
+                is_same = marks_of(os.fstat(stream.fileno())) == marks_of(stat)
         except OSError as error:
             raise WeightFileError(f"{file} cannot be read: {error.strerror}") from error
         if is_same and stat.st_ctime_ns + _SETTLED_NS <= started:
             self._known.pop(name, None)  # so that it becomes the newest
-            self._known[name] = [*_marks(stat), digest]
+            self._known[name] = [*marks_of(stat), digest]
             self._is_new = True
         return digest
 
@@ -254,11 +275,6 @@ class _FileHashes:
                 file.write(content)
         except ModelError as error:
             _log.info("the hashes of weight files are not kept: %s", error)
-
-
-def _marks(stat: os.stat_result) -> list[int]:
-    """What tells a file from another, or from what it was before."""
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _read_index(path: Path) -> dict[str, list[int | str]]:
@@ -277,6 +293,6 @@ def _read_index(path: Path) -> dict[str, list[int | str]]:
 def _is_record(value: object) -> bool:
     return (
         isinstance(value, list)
-        and [type(mark) for mark in value] == [int, int, int, int, str]
+        and [type(mark) for mark in value] == [int] * 5 + [str]
         and _SHA256.fullmatch(value[-1]) is not None
     )

@@ -280,7 +280,7 @@ class _Loader:
         """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
         weight = self._reader.floats(name, (self._config.hidden_size,)).float()
         self.num_bytes += weight.nbytes
-        return np.array(_pad(weight, self._width))
+        return np.asarray(_pad(weight, self._width).clone())
 
     def all_layers(self, on_layer: Callable[[int], None] | None) -> layers.Layers:
         """All layers."""

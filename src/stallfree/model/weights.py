@@ -7,6 +7,7 @@ loaded, because loading one runs whatever code it holds. What the tensors are fo
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,16 @@ _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+Marks = tuple[int, ...]  # what tells a file from another, and from what it was before
+
 
 class WeightSource(Protocol):
     """Named tensors, read when they are asked for."""
+
+    @property
+    def opened(self) -> Mapping[Path, Marks]:
+        """The files they come from, if any, with their marks from just before they were opened."""
+        ...
 
     def names(self) -> frozenset[str]:
         """All names, as Hugging Face has them, such as `model.layers.0.mlp.up_proj.weight`."""
@@ -42,6 +50,9 @@ class WeightSource(Protocol):
 class SafetensorsWeights:
     """The safetensors files of a folder, mapped; tensors keep the dtype they are stored with.
 
+    Attributes:
+        opened: the files and the index, with their marks from just before they were opened.
+
     Raises:
         WeightFileError: a file is missing, truncated or corrupt, or the index contradicts them.
     """
@@ -49,6 +60,7 @@ class SafetensorsWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         index = folder / _INDEX
+        self.opened = {index: path_marks(index)}
         if index.is_file():
             self._shard_of = self._read_index(index)
         elif (folder / _SINGLE).is_file():
@@ -56,6 +68,7 @@ class SafetensorsWeights:
         else:
             raise WeightFileError(_nothing_to_load(folder))
         files = set(self._shard_of.values()) or {_SINGLE}
+        self.opened |= {folder / name: path_marks(folder / name) for name in files}
         self._shards = {name: _open(folder / name) for name in sorted(files)}
         held = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
         if not self._shard_of:
@@ -96,6 +109,48 @@ class SafetensorsWeights:
                     f"weights are only read from safetensors files directly in {self._folder}"
                 )
         return shard_of
+
+
+class HeldWeights:
+    """Tensors in memory.
+
+    Attributes:
+        opened: empty, as there are no files.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.opened: Mapping[Path, Marks] = {}
+        self._tensors = tensors
+
+    def names(self) -> frozenset[str]:
+        """All names."""
+        return frozenset(self._tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            WeightFileError: there is none of that name.
+        """
+        if name not in self._tensors:
+            raise WeightFileError(f"there is no weight {name}")
+        return self._tensors[name]
+
+
+def marks_of(stat: os.stat_result) -> Marks:
+    """The marks of a file: they stay while it is the same file with the same content.
+
+    Only a file that is written twice within moments, at the same size, can keep them.
+    """
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+
+
+def path_marks(path: Path) -> Marks:
+    """The marks of the file at `path`; empty if there is none, or it cannot be told."""
+    try:
+        return marks_of(path.stat())
+    except OSError:
+        return ()
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
