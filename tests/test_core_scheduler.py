@@ -78,6 +78,12 @@ class RestlessBudget:
         self.last = self._random.choice([self._max_tokens, self._random.randint(-5, 40), 0])
         return self.last
 
+    def admissions(self, running: Sequence[Request]) -> int | None:
+        return self._random.choice([None, 0, 1]) if running else None
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Setup:

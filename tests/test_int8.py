@@ -79,7 +79,7 @@ def test_int8_is_the_default_and_float32_a_choice(tmp_path: Path) -> None:
 def test_without_the_kernels_the_default_is_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stallfree.engine.build.is_int8_supported", lambda: False)
+    monkeypatch.setattr("stallfree.engine.arithmetic.is_int8_supported", lambda: False)
     folder = str(save_tiny_model(tmp_path, "llama"))
     llm = LLM(folder, kv_cache_memory_bytes=1 << 20)
     assert llm.engine.facts.dtype == "float32"

@@ -15,6 +15,7 @@ import typer
 from stallfree.cli.chat import chat
 from stallfree.cli.generate import generate
 from stallfree.cli.options import with_settings
+from stallfree.cli.profile import profile
 from stallfree.cli.serve import serve
 from stallfree.errors import ConfigError, StallfreeError
 
@@ -77,3 +78,4 @@ def version() -> None:
 app.command()(with_settings(serve))
 app.command()(with_settings(generate))
 app.command()(with_settings(chat))
+app.command()(with_settings(profile))

@@ -66,6 +66,8 @@ def _rows(facts: EngineFacts, url: str) -> dict[str, str]:
 
 
 def _budget(facts: EngineFacts) -> str:
+    if facts.tbt_slo_s is not None:
+        return f"a token every {facts.tbt_slo_s * 1000:,.0f} ms for each answer"
     if facts.token_budget is None:
         return "whole prompts"
     tiles = f" (tiles of {facts.tile_tokens})" if facts.tile_tokens > 1 else ""

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from stallfree.core.batch import Batch
 from stallfree.core.request import Request
+from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_context
+
+_IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
+_MOST_ADMISSIONS = 32  # in one iteration
+_QUANTILE = 0.99  # of iterations that shall meet the target
 
 
 class TokenBudget(Protocol):
@@ -23,6 +29,14 @@ class TokenBudget(Protocol):
 
     def tokens(self, running: Sequence[Request]) -> int:
         """Most tokens of the coming iteration; at or below zero, only decodes run, if any do."""
+        ...
+
+    def admissions(self, running: Sequence[Request]) -> int | None:
+        """How many requests may join those that are admitted; None if it sets no limit."""
+        ...
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Learn how long an iteration took."""
         ...
 
 
@@ -42,3 +56,86 @@ class StaticBudget:
     def tokens(self, running: Sequence[Request]) -> int:  # noqa: ARG002 - the same for every load
         """`max_tokens`, whatever runs."""
         return self.max_tokens
+
+    def admissions(self, running: Sequence[Request]) -> None:  # noqa: ARG002 - as above
+        """No limit but memory and places."""
+        return
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Nothing is learned."""
+
+
+class SloBudget:
+    """The most prefill tokens that let all decodes keep their time between tokens.
+
+    Beyond the paper, which names a dynamic budget as future work: each iteration takes the longest
+    chunk whose predicted time, with a margin for scatter, is within the target. Without decodes
+    there is nobody to hold up, and prompts run in long chunks. If the decodes alone are over the
+    target, nobody else is admitted and prompts that are under way get one tile an iteration.
+
+    Args:
+        tbt_slo_s: the target, in seconds from one token of an answer to the next.
+        predictor: of iterations.
+        tile_tokens: see `TokenBudget`; also the least that a prompt under way gets.
+        max_tokens: of an iteration.
+
+    Attributes:
+        num_squeezed: iterations in which prompts got their least although that is over the target.
+    """
+
+    def __init__(
+        self,
+        tbt_slo_s: float,
+        predictor: StepTimePredictor,
+        *,
+        tile_tokens: int = 1,
+        max_tokens: int = 2048,
+    ) -> None:
+        if not tbt_slo_s > 0:
+            raise ValueError(f"a target of {tbt_slo_s} s between tokens; it must be above 0")
+        self.tbt_slo_s = tbt_slo_s
+        self.predictor = predictor
+        self.tile_tokens = tile_tokens
+        self.max_tokens = max_tokens
+        self.num_squeezed = 0
+
+    def tokens(self, running: Sequence[Request]) -> int:
+        """All decodes, and as much prefill as their target leaves room for."""
+        decodes = [request for request in running if request.is_decode]
+        prefills = [request for request in running if not request.is_decode]
+        target_s = self.tbt_slo_s if decodes else max(self.tbt_slo_s, _IDLE_S)
+        start = max((request.num_computed_tokens for request in prefills), default=0)
+        context = sum(request.num_tokens for request in decodes)
+        margin = self.predictor.margin(_QUANTILE)
+
+        def fits(num_tokens: int) -> bool:
+            chunk = num_tokens - len(decodes)
+            shape = BatchShape(num_tokens, chunk_context(start, chunk), context, len(decodes) + 1)
+            return margin * self.predictor.seconds(shape) <= target_s
+
+        tile = self.tile_tokens
+        least = (len(decodes) // tile + 1) * tile
+        low, high = least // tile, max(least, self.max_tokens) // tile
+        if not fits(low * tile):
+            self.num_squeezed += bool(decodes and prefills)
+            return least
+        while low < high:  # the most tiles that fit
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle * tile) else (low, middle - 1)
+        return low * tile
+
+    def admissions(self, running: Sequence[Request]) -> int:
+        """As many as are within the target once all decode; one at least if nothing runs."""
+        context = sum(request.num_tokens for request in running)
+        count = 0
+        while count < _MOST_ADMISSIONS:
+            rows = len(running) + count + 1
+            shape = BatchShape(rows, decode_context=context, num_sampled=rows)
+            if self.predictor.seconds(shape) > self.tbt_slo_s:
+                break
+            count += 1
+        return count if running else max(1, count)
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Follow the machine."""
+        self.predictor.observe(BatchShape.of(batch), seconds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool, IntegrityError
@@ -131,9 +132,10 @@ class Scheduler:
         ready = self._grow_running()
         num_preempted = len(self.waiting) - num_preempted
         limit = self._token_limit(ready) if self.policy.keeps_budget else None
+        admissions = self.budget.admissions(self.running) if self.policy.keeps_budget else None
         view = View(
             running=tuple(ready),
-            waiting=self._candidates() if num_preempted == 0 else (),
+            waiting=islice(self._candidates(), admissions) if num_preempted == 0 else (),
             num_running=len(self.running),
             free_blocks=self.pool.num_free,
             watermark_blocks=self._watermark_blocks,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stallfree.core.blocks import BlockPool
-from stallfree.core.budget import StaticBudget
+from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
+from stallfree.core.policies import POLICIES
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
+from stallfree.core.step_time import StepTimePredictor
+from stallfree.engine.arithmetic import Arithmetic, choose_arithmetic
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.memory import default_share, free_bytes
+from stallfree.engine.profile import cached_times, measure_times
 from stallfree.engine.settings import EngineSettings, available_cpus
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
@@ -24,7 +26,6 @@ from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.kernels.int8_matmul import ROWS as INT8_TILE_TOKENS
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
-from stallfree.model.int8 import is_supported as is_int8_supported
 from stallfree.model.int8_cache import int8_weights
 from stallfree.model.int8_decoder import Int8Decoder, Int8KVCache
 from stallfree.model.kv_cache import KVCache
@@ -33,29 +34,7 @@ from stallfree.model.source import ModelSource, open_model
 # By what computes: the default token budget, and the rows that its matrix kernels round up to.
 TOKEN_BUDGETS = {"int8": 96, "cpu": 64, "cuda": 512}
 TILE_TOKENS = {"int8": INT8_TILE_TOKENS, "cpu": 16, "cuda": 128}
-INT8_BLOCK_TOKENS = 16  # a block of the KV cache is a multiple of these
 DEVICES = ("cpu", "cuda")
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Arithmetic:
-    """What the model computes in.
-
-    Attributes:
-        dtype: of activations, and of weights unless `int8`.
-        kv_dtype: of the KV cache.
-    """
-
-    int8: bool
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
 
 def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
@@ -69,7 +48,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     threads = settings.threads or available_cpus()
     torch.set_num_threads(threads)
     device = _device(settings.device)
-    arithmetic = _arithmetic(settings, device)
+    arithmetic = choose_arithmetic(settings, device)
     kind = "int8" if arithmetic.int8 else device.type
     source = open_model(settings.model, settings.revision)
     config = ModelConfig.from_hf(source.hf_config)
@@ -79,11 +58,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     cache = _make_cache(settings, decoder, context, device)
     pool = BlockPool(cache.num_blocks, cache.block_size)
     max_model_len = min(context, pool.num_tokens)
-    scheduler = Scheduler(
-        SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
-        pool,
-        StaticBudget(settings.token_budget or TOKEN_BUDGETS[kind], TILE_TOKENS[kind]),
-    )
+    executor = TorchExecutor(decoder, cache)
     facts = EngineFacts(
         model_name=source.name,
         architecture=config.architecture,
@@ -98,20 +73,66 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         kv_cache_share=None if settings.kv_cache_memory_bytes else default_share(device),
         block_size=pool.block_size,
         scheduler=settings.scheduler,
-        token_budget=scheduler.budget.tokens(()) if scheduler.policy.keeps_budget else None,
-        tile_tokens=scheduler.budget.tile_tokens,
+        token_budget=_static_tokens(settings, kind),
+        tbt_slo_s=settings.tbt_slo_s,
+        tile_tokens=TILE_TOKENS[kind],
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         load_s=time.monotonic() - started,
     )
+    scheduler = Scheduler(
+        SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
+        pool,
+        _budget(executor, pool, facts, show_progress),
+    )
     return Engine(
         scheduler,
-        TorchExecutor(decoder, cache),
+        executor,
         WallClock(),
         tokenizer,
         facts,
         end_token_ids=_end_token_ids(source, tokenizer, config),
         seed=settings.seed,
+    )
+
+
+def _static_tokens(settings: EngineSettings, kind: str) -> int | None:
+    """The static token budget, if that is what decides."""
+    if settings.tbt_slo_s is not None or not POLICIES[settings.scheduler].keeps_budget:
+        return None
+    return settings.token_budget or TOKEN_BUDGETS[kind]
+
+
+def _budget(
+    executor: TorchExecutor, pool: BlockPool, facts: EngineFacts, show_progress: bool
+) -> TokenBudget:
+    """What decides how many tokens an iteration holds; for a target, from measured step times."""
+    if facts.tbt_slo_s is None:
+        return StaticBudget(facts.token_budget or 1, facts.tile_tokens)
+    times = cached_times(facts)
+    if times is None:
+        with progress(show_progress) as bar:
+            task = bar.add_task("measuring iterations, once", total=None)
+            times = measure_times(
+                executor,
+                pool,
+                facts,
+                on_batch=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    return SloBudget(facts.tbt_slo_s, StepTimePredictor(times), tile_tokens=facts.tile_tokens)
+
+
+def progress(shown: bool) -> Progress:
+    """A progress bar on stderr, if that is a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    return Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
     )
 
 
@@ -134,65 +155,6 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _arithmetic(settings: EngineSettings, device: torch.device) -> _Arithmetic:
-    """int8 where it can be; else half precision where the device has it; else float32."""
-    name = settings.dtype
-    if name == "int8" or (name == "auto" and device.type == "cpu"):
-        if device.type == "cpu" and is_int8_supported():
-            return _int8(settings)
-        problem = f"int8 needs an x86-64 CPU with AVX2 and PyTorch with libgomp; this is {device}"
-        if name == "int8":
-            raise ConfigError(f"dtype {problem}: use --dtype auto")
-        _log.warning("%s without: the model runs in float32, several times slower", problem)
-    if settings.kv_cache_dtype not in ("auto", name):
-        raise ConfigError(
-            f"kv_cache_dtype is {settings.kv_cache_dtype!r}; only with dtype int8 can it be "
-            "another type than the weights': leave it out"
-        )
-    dtype = _float_type(name, device)
-    return _Arithmetic(int8=False, dtype=dtype, kv_dtype=dtype)
-
-
-def _int8(settings: EngineSettings) -> _Arithmetic:
-    if settings.block_size % INT8_BLOCK_TOKENS:
-        raise ConfigError(
-            f"block_size is {settings.block_size}; with dtype int8 it must be a multiple of "
-            f"{INT8_BLOCK_TOKENS}"
-        )
-    is_float32 = settings.kv_cache_dtype == "float32"
-    return _Arithmetic(
-        int8=True,
-        dtype=torch.float32,
-        kv_dtype=torch.float32 if is_float32 else torch.float16,
-    )
-
-
-def _float_type(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if _is_native(torch.bfloat16, device) else torch.float16
-    dtype: torch.dtype = getattr(torch, name)
-    if not _is_native(dtype, device):
-        raise ConfigError(
-            f"dtype {name} has no native arithmetic on this {device.type} and would be several "
-            "times slower than float32: use --dtype float32"
-        )
-    return dtype
-
-
-def _is_native(dtype: torch.dtype, device: torch.device) -> bool:
-    if dtype == torch.float32 or (device.type == "cuda" and dtype == torch.float16):
-        return True
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    features = ("avx512_bf16", "amx_bf16", "bf16")  # the last is that of ARM
-    if dtype == torch.float16:
-        features = ("avx512_fp16", "amx_fp16", "fp16_arith")
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(feature, False) for feature in features)
-
-
 def _context(settings: EngineSettings, config: ModelConfig) -> int:
     """Longest context in tokens that the model gives and the settings ask for."""
     if settings.max_model_len is None:
@@ -210,20 +172,12 @@ def _load(
     config: ModelConfig,
     source: ModelSource,
     context: int,
-    arithmetic: _Arithmetic,
+    arithmetic: Arithmetic,
     device: torch.device,
     threads: int,
     show_progress: bool,
 ) -> Decoder | Int8Decoder:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    hidden = not (show_progress and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    with progress(show_progress) as bar:
         weights = source.weights
         if arithmetic.int8:
             rounding = bar.add_task(f"rounding {source.name} to int8, once", total=None)

@@ -166,7 +166,8 @@ class Engine:
         Raises:
             EngineError: requests wait but none can run, which is a bug.
         """
-        batch = self.scheduler.schedule(self.clock.now())
+        started = self.clock.now()
+        batch = self.scheduler.schedule(started)
         if batch is None:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
@@ -183,7 +184,9 @@ class Engine:
             if sample.error is not None:
                 self.scheduler.finish(chunk.request, FinishReason.ERROR)
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
-        return self._report(batch, output)
+        deltas = self._report(batch, output)
+        self.scheduler.budget.observe(batch, self.clock.now() - started)
+        return deltas
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():

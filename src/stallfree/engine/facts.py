@@ -15,6 +15,7 @@ class EngineFacts:
         kv_cache_tokens: tokens that the KV cache holds.
         kv_cache_share: the share of the free memory that it was sized by, or None if it was told.
         token_budget: most tokens of an iteration, or None if the scheduler keeps no budget.
+        tbt_slo_s: target for the time between tokens, or None.
         tile_tokens: what prefill chunks are cut to.
         max_model_len: longest context in tokens.
         load_s: seconds that loading took.
@@ -34,6 +35,7 @@ class EngineFacts:
     block_size: int
     scheduler: str
     token_budget: int | None
+    tbt_slo_s: float | None
     tile_tokens: int
     max_model_len: int
     max_num_seqs: int

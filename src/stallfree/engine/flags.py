@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from stallfree.errors import ConfigError
 
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)?", re.IGNORECASE)
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 _TYPE_WORDS: dict[type, str] = {
     bool: "true or false",
@@ -170,3 +171,16 @@ def parse_bytes(text: str) -> int:
     base = 1000 if (suffix or "").lower() == "b" else 1024
     exponent = "kmgt".index(prefix.lower()) + 1 if prefix else 0
     return int(float(number) * base**exponent)
+
+
+def parse_duration(text: str) -> float:
+    """Read a time in seconds: `200ms`, `0.2s`, or a plain number of seconds.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ConfigError(f"{text!r} is not a time; write it as 200ms or 0.2s")
+    number, unit = match.groups()
+    return float(number) / (1000 if (unit or "").lower() == "ms" else 1)

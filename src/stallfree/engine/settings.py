@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.core.policies import POLICIES
-from stallfree.engine.flags import Flag, check_types, parse_bytes
+from stallfree.engine.flags import Flag, check_types, parse_bytes, parse_duration
 from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
@@ -23,6 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
 MAX_PORT = 65_535
+MIN_TBT_SLO_S = 0.001
 MAX_SEED = 2**63 - 1
 
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
@@ -68,6 +69,18 @@ class EngineSettings:
             "tokens shorter, larger reads prompts faster.",
             "TOKENS",
             unset="96 on a CPU in int8, 64 in floats, 512 on a CUDA GPU",
+            panel="Scheduling",
+        ),
+    ] = None
+    tbt_slo_s: Annotated[
+        float | None,
+        Flag(
+            "Target for the time between two tokens of an answer, 200ms or 0.2s: each iteration "
+            "takes as much of the prompts as keeps it. Instead of a token budget.",
+            "TIME",
+            name="tbt_slo",
+            unset="the token budget alone decides",
+            parse=parse_duration,
             panel="Scheduling",
         ),
     ] = None
@@ -142,6 +155,16 @@ class EngineSettings:
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; write it as auto, cpu, cuda or cuda:1")
         _check_range("token_budget", self.token_budget, 1)
+        _check_range("tbt_slo_s", self.tbt_slo_s, MIN_TBT_SLO_S)
+        if self.tbt_slo_s is not None and self.token_budget is not None:
+            raise ConfigError(
+                f"token_budget is {self.token_budget} and tbt_slo is {self.tbt_slo_s} s: "
+                "the one is chosen from the other; give one of them"
+            )
+        if self.tbt_slo_s is not None and not POLICIES[self.scheduler].keeps_budget:
+            raise ConfigError(
+                f"tbt_slo is of no use with scheduler {self.scheduler!r}, which keeps no budget"
+            )
         _check_range("max_num_seqs", self.max_num_seqs, 1)
         _check_range("max_model_len", self.max_model_len, 2)
         _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)

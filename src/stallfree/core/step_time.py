@@ -1,0 +1,211 @@
+"""How long an iteration takes, predicted from what it holds.
+
+`StepTimeModel` is a fitted function of a batch's composition; every coefficient is at least zero,
+so it never falls when something is added. `StepTimePredictor` follows the machine while it serves:
+how much faster or slower it is than when it was profiled, and how much single iterations scatter.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from stallfree.core.batch import Batch
+
+TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_SWEEPS = 3000
+_SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
+_SCATTER_STEPS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What the time of a batch depends on.
+
+    Attributes:
+        num_tokens: all tokens.
+        prefill_context: for each token of a prefill chunk the tokens that it attends to, added up.
+        decode_context: the same for decodes.
+        num_sampled: rows that a token is sampled from.
+    """
+
+    num_tokens: int
+    prefill_context: int = 0
+    decode_context: int = 0
+    num_sampled: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchShape:
+        """The shape of a batch."""
+        prefills = [chunk for chunk in batch.chunks if not chunk.is_decode]
+        return cls(
+            num_tokens=batch.num_tokens,
+            prefill_context=sum(chunk_context(c.start, c.num_tokens) for c in prefills),
+            decode_context=sum(chunk.stop for chunk in batch.chunks if chunk.is_decode),
+            num_sampled=len(batch.sampling),
+        )
+
+
+def chunk_context(start: int, num_tokens: int) -> int:
+    """What the tokens of a chunk at `start` attend to, added up: start + 1, start + 2, ..."""
+    return num_tokens * start + num_tokens * (num_tokens + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimeModel:
+    """Seconds of a batch: a rising broken line over its tokens, and a cost of each of the rest.
+
+    Attributes:
+        base_s: of the smallest batch.
+        knots: tokens at which the line bends, rising; it goes on beyond the last.
+        rises_s: how much it rises from each knot to the next.
+        prefill_context_s, decode_context_s, sampled_s: cost of one unit of each.
+        scatter: time over prediction of the batches that it was fitted to, sorted.
+    """
+
+    base_s: float
+    knots: tuple[int, ...]
+    rises_s: tuple[float, ...]
+    prefill_context_s: float
+    decode_context_s: float
+    sampled_s: float
+    scatter: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        costs = (self.base_s, *self.rises_s, *self._slopes)
+        if len(self.rises_s) != len(self.knots) - 1 or sorted(set(self.knots)) != list(self.knots):
+            raise ValueError(f"{len(self.rises_s)} rises between knots {self.knots}")
+        if not all(0 <= cost < float("inf") for cost in costs) or not any(costs):
+            raise ValueError(f"step times must be finite, at least 0 and not all 0: {costs}")
+
+    @property
+    def _slopes(self) -> tuple[float, float, float]:
+        return self.prefill_context_s, self.decode_context_s, self.sampled_s
+
+    def seconds(self, shape: BatchShape) -> float:
+        """Predicted seconds; zero for a batch of nothing."""
+        if shape.num_tokens == 0:
+            return 0.0
+        return (
+            self.base_s
+            + self._line(shape.num_tokens)
+            + self.prefill_context_s * shape.prefill_context
+            + self.decode_context_s * shape.decode_context
+            + self.sampled_s * shape.num_sampled
+        )
+
+    def _line(self, num_tokens: int) -> float:
+        return sum(
+            rise * share
+            for rise, share in zip(self.rises_s, _shares(self.knots, num_tokens), strict=True)
+        )
+
+
+def _shares(knots: Sequence[int], num_tokens: int) -> list[float]:
+    """How much of each rise lies below `num_tokens`: from 0 to 1, the last one without end."""
+    reached = min(max(1, bisect_right(knots, num_tokens)), len(knots) - 1)
+    low, high = knots[reached - 1], knots[reached]
+    part = max(0.0, (num_tokens - low) / (high - low))
+    return [1.0] * (reached - 1) + [part] + [0.0] * (len(knots) - 1 - reached)
+
+
+def fit(samples: Iterable[tuple[BatchShape, float]]) -> StepTimeModel:
+    """The model with the least relative squared error over measured batches.
+
+    Raises:
+        ValueError: there are fewer than two sizes of batch, or a time is not positive.
+    """
+    measured = list(samples)
+    largest = max((shape.num_tokens for shape, _ in measured), default=0)
+    knots = tuple(knot for knot in TOKEN_KNOTS if knot < largest)
+    knots = (*knots, largest) if largest > 1 else ()
+    if len(knots) < 2 or any(not 0 < seconds < float("inf") for _, seconds in measured):
+        raise ValueError("step times need batches of 1 token and of more, each with its seconds")
+    rows = [
+        [
+            value / seconds
+            for value in (
+                1.0,
+                *_shares(knots, shape.num_tokens),
+                shape.prefill_context,
+                shape.decode_context,
+                shape.num_sampled,
+            )
+        ]
+        for shape, seconds in measured
+    ]
+    costs = _least_squares(rows)
+    base, *rises, prefill_context, decode_context, sampled = costs
+    model = StepTimeModel(base, knots, tuple(rises), prefill_context, decode_context, sampled)
+    scatter = sorted(seconds / model.seconds(shape) for shape, seconds in measured)
+    return replace(model, scatter=tuple(scatter))
+
+
+def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Weights of at least zero whose sums over each row are nearest to 1.
+
+    By coordinate descent on the normal equations (Franc, Hlavac, Navara 2005): each weight in turn
+    goes to its best value, cut at zero, until it has stopped to move.
+    """
+    scales = [max(abs(row[i]) for row in rows) or 1.0 for i in range(len(rows[0]))]
+    scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
+    columns = list(zip(*scaled, strict=True))
+    products = [[sum(map(float.__mul__, a, b)) for b in columns] for a in columns]
+    weights = [0.0] * len(columns)
+    slopes = [-sum(column) for column in columns]
+    for _ in range(_SWEEPS):
+        moved = 0.0
+        for i, own in enumerate(products):
+            if own[i] <= 0.0:
+                continue
+            step = max(0.0, weights[i] - slopes[i] / own[i]) - weights[i]
+            if step:
+                weights[i] += step
+                slopes = [
+                    slope + step * product for slope, product in zip(slopes, own, strict=True)
+                ]
+                moved = max(moved, abs(step))
+        if moved < 1e-9:
+            break
+    return [weight / scale for weight, scale in zip(weights, scales, strict=True)]
+
+
+class StepTimePredictor:
+    """A model that follows the machine it runs on.
+
+    The speed is the median of the last few iterations, time over model: one slow iteration does
+    not move it, a lasting change does within five. The scatter is each iteration against the
+    median of those around it, so a change of speed is not taken for scatter.
+    """
+
+    def __init__(self, model: StepTimeModel) -> None:
+        self.model = model
+        self._recent: deque[float] = deque(maxlen=_SPEED_STEPS)
+        self._scatter: deque[float] = deque(model.scatter, maxlen=_SCATTER_STEPS)
+        self._sorted: list[float] = sorted(self._scatter)
+        self.speed = 1.0
+
+    def seconds(self, shape: BatchShape) -> float:
+        """Predicted seconds: as likely too low as too high."""
+        return self.speed * self.model.seconds(shape)
+
+    def margin(self, quantile: float) -> float:
+        """What `seconds` is multiplied by so that a share `quantile` of iterations is faster."""
+        if not self._sorted:
+            return 1.0
+        index = min(len(self._sorted) - 1, int(quantile * len(self._sorted)))
+        return max(1.0, self._sorted[index])
+
+    def observe(self, shape: BatchShape, seconds: float) -> None:
+        """Learn from an iteration that took `seconds`."""
+        expected = self.model.seconds(shape)
+        if expected <= 0.0 or seconds <= 0.0:
+            return
+        self._recent.append(seconds / expected)
+        self.speed = median(self._recent)
+        if len(self._recent) == _SPEED_STEPS:
+            self._scatter.append(self._recent[_SPEED_STEPS // 2] / self.speed)
+            self._sorted = sorted(self._scatter)

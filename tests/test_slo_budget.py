@@ -1,0 +1,191 @@
+"""The SLO-driven budget on a device whose step times are known."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_step_time import device_seconds, measured
+
+from stallfree.core.batch import Batch
+from stallfree.core.blocks import BlockPool
+from stallfree.core.budget import SloBudget
+from stallfree.core.request import Request
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.scheduler import Scheduler, SchedulerConfig
+from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor, fit
+
+TILE = 8
+MODEL = fit(measured(0, 300))
+
+
+@dataclass
+class Device:
+    """Runs a scheduler; an iteration takes what the device takes, times `slowness`."""
+
+    scheduler: Scheduler
+    slowness: float = 1.0
+    now: float = 0.0
+    steps: list[tuple[Batch, float]] = field(default_factory=list)
+
+    def step(self) -> None:
+        running = [r for r in self.scheduler.running if r.is_decode]
+        batch = self.scheduler.schedule(self.now)
+        assert batch is not None
+        scheduled = {chunk.request.request_id for chunk in batch.chunks}
+        assert {r.request_id for r in running} <= scheduled  # no decode is ever paused
+        seconds = self.slowness * device_seconds(BatchShape.of(batch))
+        self.now += seconds
+        self.steps.append((batch, seconds))
+        self.scheduler.complete(batch, [1] * len(batch.sampling))
+        self.scheduler.budget.observe(batch, seconds)
+
+    def add(self, name: str, prompt: int, output: int) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        request = Request(name, [1] * prompt, params, max_tokens=output, arrived_at=self.now)
+        self.scheduler.add(request)
+        return request
+
+    def run(self) -> None:
+        for _ in range(20_000):
+            if not self.scheduler.has_requests:
+                return
+            self.step()
+        raise AssertionError("it does not end")
+
+
+def make_device(slo_s: float, model: StepTimeModel = MODEL, places: int = 64) -> Device:
+    budget = SloBudget(slo_s, StepTimePredictor(model), tile_tokens=TILE)
+    pool = BlockPool(20_000, 16)
+    return Device(Scheduler(SchedulerConfig("sarathi", places, 16_000), pool, budget))
+
+
+def over_target(device: Device, slo_s: float) -> list[Batch]:
+    """Batches over the target although they held a decode, and more than a tile of prompts."""
+    return [
+        batch
+        for batch, seconds in device.steps
+        if batch.num_decodes and seconds > slo_s and batch.num_tokens - batch.num_decodes > TILE
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    slo_s=st.sampled_from([0.05, 0.1, 0.2, 0.5]),
+    prompts=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 40)), min_size=1, max_size=15),
+    seed=st.integers(0, 1000),
+)
+def test_deadlines_that_can_be_kept_are_kept(
+    slo_s: float, prompts: list[tuple[int, int]], seed: int
+) -> None:
+    """Within 5 %, the error of the fitted model, and every request ends."""
+    rng = random.Random(seed)
+    device = make_device(slo_s)
+    requests = []
+    for index, (prompt, output) in enumerate(prompts):
+        requests.append(device.add(str(index), prompt, output))
+        for _ in range(rng.randrange(10)):
+            if device.scheduler.has_requests:
+                device.step()
+    device.run()
+    assert all(request.num_output_tokens == request.max_tokens for request in requests)
+    assert not over_target(device, slo_s * 1.05)
+
+
+def test_the_chunk_uses_what_the_target_leaves() -> None:
+    device = make_device(0.2)
+    for index in range(8):
+        device.add(f"short{index}", 20, 100)
+    device.step()
+    device.add("long", 3000, 10)
+    for _ in range(10):
+        device.step()
+    for batch, seconds in device.steps[1:]:
+        if batch.num_tokens > batch.num_decodes:
+            assert 0.15 < seconds <= 0.2
+            assert batch.num_tokens % TILE == 0
+
+
+def test_longer_contexts_make_shorter_chunks() -> None:
+    sizes = []
+    for context in (100, 12_000):
+        device = make_device(0.2)
+        for index in range(8):
+            device.add(f"first{index}", context, 400)
+        while not all(r.is_decode for r in device.scheduler.running) or device.scheduler.waiting:
+            device.step()
+        device.add("long", 3000, 10)
+        device.step()
+        batch, seconds = device.steps[-1]
+        assert seconds <= 0.2
+        sizes.append(batch.num_tokens)
+    assert sizes[1] < sizes[0] - TILE
+
+
+def test_without_answers_to_hold_up_prompts_run_in_long_chunks() -> None:
+    device = make_device(0.05)
+    device.add("long", 3000, 2)
+    device.step()
+    assert device.steps[0][0].num_tokens > 200
+
+
+def test_decodes_over_the_target_close_admission_but_starve_no_prompt() -> None:
+    slo_s = 0.05
+    device = make_device(slo_s)
+    long = device.add("long", 2000, 5)
+    device.step()
+    for index in range(40):
+        device.add(f"short{index}", 4, 60)
+    for _ in range(30):
+        device.step()
+    decoding = len(device.scheduler.running)
+    alone = BatchShape(decoding, 0, 64 * decoding, decoding)
+    assert device_seconds(alone) < slo_s * 1.3  # fewer than 40 were admitted
+    assert device.scheduler.waiting
+    holds_long = [any(c.request is long for c in batch.chunks) for batch, _ in device.steps]
+    assert all(holds_long[: sum(holds_long)])  # in every iteration until it ended
+    assert sum(holds_long) > 5
+    device.run()
+
+
+def test_a_squeezed_prompt_gets_a_tile_an_iteration_and_is_counted() -> None:
+    device = make_device(0.05)
+    for index in range(4):
+        device.add(f"short{index}", 4, 300)
+    device.step()
+    long = device.add("long", 400, 2)
+    device.step()
+    device.slowness = 4.0  # another process takes most of the machine: decodes alone are too slow
+    for _ in range(30):
+        device.step()
+    budget = device.scheduler.budget
+    assert isinstance(budget, SloBudget)
+    assert long.num_output_tokens == 2 or budget.num_squeezed > 0
+    sizes = [batch.num_tokens - batch.num_decodes for batch, _ in device.steps[-20:]]
+    assert all(size in (0, *range(1, TILE + 1)) for size in sizes)
+    device.run()
+    assert budget.num_squeezed > 0
+
+
+def test_a_slower_machine_is_within_the_target_again() -> None:
+    device = make_device(0.2)
+    for index in range(4):
+        device.add(f"short{index}", 20, 200)
+    device.add("long", 12_000, 2)
+    for _ in range(30):
+        device.step()
+    device.slowness = 1.7
+    for _ in range(40):
+        device.step()
+    late = [seconds for _, seconds in device.steps[-34:]]
+    assert max(late) <= 0.2 * 1.05
+    assert max(late) > 0.15
+
+
+@pytest.mark.parametrize("slo_s", [0.0, -1.0, float("nan")])
+def test_a_target_must_be_above_zero(slo_s: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        make_device(slo_s)
