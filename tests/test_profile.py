@@ -1,0 +1,111 @@
+"""Measuring step times, keeping them, and serving from them, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_model
+from typer.testing import CliRunner
+
+from stallfree import LLM, SamplingParams
+from stallfree.cli.app import app
+from stallfree.cli.profile import largest_budget
+from stallfree.core.budget import SloBudget
+from stallfree.core.step_time import BatchShape, StepTimeModel
+from stallfree.engine.flags import parse_duration
+from stallfree.engine.settings import EngineSettings
+from stallfree.errors import ConfigError
+
+KV_BYTES = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path / "cache"))
+    return save_tiny_model(tmp_path / "model", "llama")
+
+
+def budget_of(llm: LLM) -> SloBudget:
+    budget = llm.engine.scheduler.budget
+    assert isinstance(budget, SloBudget)
+    return budget
+
+
+def load(folder: Path) -> LLM:
+    return LLM(str(folder), dtype="float32", tbt_slo_s=0.2, kv_cache_memory_bytes=KV_BYTES)
+
+
+def test_the_first_start_measures_and_later_ones_read(folder: Path, tmp_path: Path) -> None:
+    first = budget_of(load(folder)).predictor.model
+    [file] = (tmp_path / "cache" / "profiles").iterdir()
+    assert first.seconds(BatchShape(1, 0, 1, 1)) > 0
+    assert budget_of(load(folder)).predictor.model == first
+    file.write_text('{"model": {"base_s": -1}}')
+    made_anew = budget_of(load(folder)).predictor.model
+    assert made_anew.seconds(BatchShape(1, 0, 1, 1)) > 0
+    assert budget_of(load(folder)).predictor.model == made_anew
+
+
+def test_answers_are_those_of_a_static_budget_and_teach_the_predictor(folder: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [list(range(100, 100 + size)) for size in (3, 90, 40)]
+    static = LLM(str(folder), dtype="float32", token_budget=16, kv_cache_memory_bytes=KV_BYTES)
+    driven = load(folder)
+    answers = [
+        [output.outputs[0].token_ids for output in llm.generate(prompts, params, False)]
+        for llm in (static, driven)
+    ]
+    assert answers[0] == answers[1]
+    assert budget_of(driven).predictor.speed != 1.0
+
+
+def test_profile_prints_its_tables(folder: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        [
+            "profile",
+            str(folder),
+            "--dtype",
+            "float32",
+            "--rounds",
+            "1",
+            "--kv-cache-memory",
+            "1MiB",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    for words in ("an iteration by its tokens", "median error", "static budgets"):
+        assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("target_s", "budget"), [(0.009, None), (0.05, 40), (0.0999, 88), (1000.0, 8184)]
+)
+def test_the_largest_budget_within_a_target(target_s: float, budget: int | None) -> None:
+    model = StepTimeModel(0.01, (1, 2), (0.001,), 0, 0, 0)  # 9 + n milliseconds
+    assert largest_budget(model, target_s, tile_tokens=8) == budget
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("200ms", 0.2), ("0.2s", 0.2), ("1.5", 1.5)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1s", "1h", "1 2"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="200ms"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tbt_slo_s": 0.2, "token_budget": 64}, "give one of them"),
+        ({"tbt_slo_s": 0.0}, "at least 0.001"),
+        ({"tbt_slo_s": 0.2, "scheduler": "orca"}, "keeps no budget"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EngineSettings(**settings)  # type: ignore[arg-type]
