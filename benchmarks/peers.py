@@ -202,7 +202,7 @@ def _serve_and_measure(
             command = [*command_of(row.peer, folder / row.peer, model, port), *row.flags]
             # some leave files in the temporary folder
             environment = environment_of(row.peer, folder / row.peer) | {"TMPDIR": temporary}
-        about = {"command": shlex.join(command), "read_gb_per_s": read_bandwidth() / 1e9}
+        about = {"command": _shown(command), "read_gb_per_s": read_bandwidth() / 1e9}
         started = time.perf_counter()
         try:
             with running(command, port, log, environment) as url:
@@ -214,6 +214,11 @@ def _serve_and_measure(
             reason = words[-1].strip(" │")  # the command line draws a box around its errors
             print(f"{name}: {reason}", file=sys.stderr)
             return {**about, "error": f"{reason} (see {path})"}
+
+
+def _shown(command: list[str]) -> str:
+    """A command line without the folders of whoever ran it."""
+    return shlex.join(command).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
 
 
 def _measure(name: str, url: str, load: Load) -> dict[str, Any]:
