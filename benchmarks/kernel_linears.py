@@ -119,7 +119,7 @@ def _int8(
     product = layers.Product(
         weights=_random_int8(count, panels, width * PANEL).numpy(),
         scales=torch.rand(count, panels * PANEL).numpy(),
-        corrections=torch.zeros(count, panels * PANEL, dtype=torch.int32).numpy(),
+        column_sums=torch.zeros(count, panels * PANEL, dtype=torch.int32).numpy(),
         bias=torch.zeros(count, 0).numpy(),
     )
     decoder._reserve(most_rows, 0)

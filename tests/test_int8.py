@@ -24,7 +24,26 @@ def test_rows_are_rounded_to_the_nearest_level() -> None:
     values, scales = quantize_rows(weight)
     assert values.dtype == torch.int8
     assert int(values.abs().max()) == 127
-    assert ((values * scales[:, None] - weight).abs() <= scales[:, None] / 2 + 1e-6).all()
+    is_cut = weight.abs() > 127 * scales[:, None]
+    errors = (values * scales[:, None] - weight).abs()
+    assert (errors[~is_cut] <= scales[:, None].expand_as(errors)[~is_cut] / 2 + 1e-6).all()
+    assert (values.abs()[is_cut] == 127).all()
+
+
+@pytest.mark.parametrize("levels", [63, 127])
+def test_no_scale_of_those_tried_is_better(levels: int) -> None:
+    """One row has a weight far from the rest: cutting it would cost more than it brings."""
+    weight = torch.randn(9, 500, generator=torch.Generator().manual_seed(0))
+    weight[4, 7] = 100.0
+    values, scales = quantize_rows(weight, levels)
+    errors = (values * scales[:, None] - weight).square().sum(dim=1)
+    most = weight.abs().amax(dim=1)
+    for share in (1.0, 0.95, 0.9, 0.85, 0.8):
+        tried = (most * share / levels)[:, None]
+        cut = (weight / tried).round().clamp(-levels, levels) * tried
+        assert (errors <= (cut - weight).square().sum(dim=1) * 1.0001).all()
+    assert values[4, 7] == levels
+    assert scales[4] * levels == pytest.approx(100.0)
 
 
 def test_the_cache_is_used_remade_and_not_needed(

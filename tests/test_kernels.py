@@ -18,10 +18,11 @@ if not is_supported():
 from stallfree.kernels.int8_matmul import (
     DEPTH,
     LEVELS,
+    MAX_INPUTS,
     PANEL,
     ROWS,
     WEIGHT_LEVELS,
-    corrections_of,
+    column_sums_of,
     multiply_tile,
     pack,
     padded,
@@ -30,8 +31,6 @@ from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import entry
 from stallfree.kernels.rows import quantize, rms_norm
 from stallfree.kernels.simd import exp2, load, put
-
-ZERO = LEVELS + 1  # what is added to activations, so that they are unsigned
 
 
 @entry
@@ -48,11 +47,11 @@ def tiles(rows, activations, weights, sums, out):  # type: ignore[no-untyped-def
 
 
 @entry
-def norm_and_quantize(x, weight, size, normed, activations, scales):  # type: ignore[no-untyped-def]
+def norm_and_quantize(x, weight, size, normed, activations, scales, zeros):  # type: ignore[no-untyped-def]
     width = weight.size
     for row in range(x.shape[0]):
         rms_norm(x[row], 0, weight, size, width, np.float32(1e-6), normed[row], 0)
-        quantize(normed[row], 0, width, row, activations, scales)
+        quantize(normed[row], 0, width, row, activations, scales, zeros)
 
 
 @entry
@@ -73,19 +72,22 @@ def groups_of(rows: Any) -> Any:
     return whole.reshape(-1, ROWS, width // DEPTH, DEPTH).swapaxes(1, 2).reshape(-1)
 
 
-def multiply(activations: Any, weight: Any) -> Any:
-    """Sums of signed activations (rows, inputs) and a weight (outputs, inputs), by the kernels."""
+def multiply(activations: Any, zero: int, weight: Any) -> Any:
+    """Sums of activations (rows, inputs), 0 to 255, less `zero`, times a weight (outputs, inputs).
+
+    By the kernels; all outputs, padded.
+    """
     (rows, inputs), outputs = activations.shape, padded(len(weight), PANEL)
     width = padded(inputs, LANES)
     panels = torch.empty((outputs // PANEL, width * PANEL), dtype=torch.int8)
     whole = torch.zeros((outputs, inputs), dtype=torch.int8)
     whole[: len(weight)] = torch.from_numpy(weight)
     pack(whole, width, panels)
-    unsigned = np.full((rows, width), ZERO, dtype=np.uint8)
-    unsigned[:, :inputs] = activations + ZERO
+    unsigned = np.full((rows, width), zero, dtype=np.uint8)
+    unsigned[:, :inputs] = activations
     sums, out = aligned(ROWS * PANEL, dtype=torch.int32), np.empty((rows, outputs), dtype=np.int32)
     tiles(rows, groups_of(unsigned), panels.numpy(), sums, out)
-    return out - corrections_of(2, panels.numpy())
+    return out - zero * column_sums_of(2, panels.numpy())
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,27 +95,30 @@ def multiply(activations: Any, weight: Any) -> Any:
     rows=st.integers(1, 13),
     inputs=st.integers(1, 300),
     outputs=st.integers(1, 200),
+    zero=st.integers(0, 255),
     seed=st.integers(0, 1000),
 )
-def test_sums_of_products_are_exact(rows: int, inputs: int, outputs: int, seed: int) -> None:
+def test_sums_of_products_are_exact(
+    rows: int, inputs: int, outputs: int, zero: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    activations = rng.integers(-LEVELS, LEVELS + 1, (rows, inputs))
+    activations = rng.integers(0, 256, (rows, inputs))
     weight = rng.integers(-WEIGHT_LEVELS, WEIGHT_LEVELS + 1, (outputs, inputs), dtype=np.int8)
-    made = multiply(activations, weight)
-    assert (made[:, :outputs] == activations @ weight.T.astype(np.int64)).all()
+    made = multiply(activations, zero, weight)
+    assert (made[:, :outputs] == (activations - zero) @ weight.T.astype(np.int64)).all()
     assert not made[:, outputs:].any()
     for row in range(rows):
-        assert (multiply(activations[row : row + 1], weight) == made[row]).all()
+        assert (multiply(activations[row : row + 1], zero, weight) == made[row]).all()
 
 
-@pytest.mark.parametrize("activation", [-LEVELS, LEVELS])
+@pytest.mark.parametrize(("activation", "zero"), [(0, 255), (255, 0), (0, 128), (255, 128)])
 @pytest.mark.parametrize("weight", [-WEIGHT_LEVELS, WEIGHT_LEVELS])
-def test_the_largest_sums_are_exact(activation: int, weight: int) -> None:
-    """Of as many inputs as the largest models have: nothing overflows or saturates."""
-    inputs = 73_728
+def test_the_largest_sums_are_exact(activation: int, zero: int, weight: int) -> None:
+    """Of as many inputs as are allowed: nothing overflows or saturates."""
+    inputs = MAX_INPUTS // LANES * LANES
     activations, weights = np.full((7, inputs), activation), np.full((65, inputs), weight, np.int8)
-    made = multiply(activations, weights)
-    assert (made[:, :65] == inputs * activation * weight).all()
+    made = multiply(activations, zero, weights)
+    assert (made[:, :65] == inputs * (activation - zero) * weight).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,25 +131,31 @@ def test_the_largest_sums_are_exact(activation: int, weight: int) -> None:
 def test_rows_are_normed_and_rounded_to_the_nearest_level(
     rows: int, size: int, seed: int, magnitude: float
 ) -> None:
+    """Also rows whose numbers are all of one sign, and one of zeros."""
     rng = np.random.default_rng(seed)
     width = padded(size, PANEL)
     x, weight = aligned(rows, width, dtype=torch.float32), aligned(width, dtype=torch.float32)
     x[:, :size] = rng.standard_normal((rows, size)) * magnitude
     x[-1] = 0
-    weight[:size] = rng.standard_normal(size)
+    weight[:size] = np.abs(rng.standard_normal(size)) + 0.1
+    x[0], x[1:2] = np.abs(x[0]), -np.abs(x[1:2])
     normed = aligned(rows, width, dtype=torch.float32)
     activations = aligned(padded(rows, ROWS) * width, dtype=torch.uint8)
-    scales = aligned(rows, dtype=torch.float32)
-    norm_and_quantize(x, weight, size, normed, activations, scales)
+    scales, zeros = aligned(rows, dtype=torch.float32), aligned(rows, dtype=torch.int32)
+    norm_and_quantize(x, weight, size, normed, activations, scales, zeros)
 
     exact = x.astype(np.float64)
     exact *= weight / np.sqrt((exact**2).sum(axis=1, keepdims=True) / size + 1e-6)
     most = np.abs(exact).max(axis=1, keepdims=True)
     assert (np.abs(normed - exact) <= 2e-6 * most).all()
-    assert np.allclose(scales[:-1], most[:-1, 0] / LEVELS, rtol=2e-6)
+    reach = exact.max(axis=1, initial=0) - exact.min(axis=1, initial=0)
+    assert np.allclose(scales[:-1], reach[:-1] / LEVELS, rtol=4e-6)
     levels = activations.reshape(-1, width // DEPTH, ROWS, DEPTH).swapaxes(1, 2)
-    levels = levels.reshape(-1, width)[:rows].astype(np.int64) - ZERO
-    assert (np.abs(levels).max(axis=1)[:-1] == LEVELS).all()
+    levels = levels.reshape(-1, width)[:rows].astype(np.int64)
+    used = np.append(levels, zeros[:, None], axis=1)
+    assert (used.min(axis=1) == 0).all()
+    assert (np.abs(used.max(axis=1)[:-1] - LEVELS) <= 1).all()
+    levels -= zeros[:, None]
     assert not levels[-1].any()
     assert (np.abs(levels * scales[:, None] - exact) <= scales[:, None] * 0.501).all()
 

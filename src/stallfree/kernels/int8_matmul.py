@@ -6,9 +6,10 @@ processor's dot product of bytes wants them: weights [outputs / STRIP][inputs / 
 activations [rows / ROWS][inputs / 4][ROWS][4]. The sums of a strip, for a block of rows, stay in
 registers over all inputs; each weight comes from memory once for all rows of a group.
 
-Activations are unsigned, 128 more than their value; what that adds to a sum is known per output
-and taken off. Without VNNI, pairs of products are added in 16 bits: weights then have 7 bits, so
-that nothing overflows. (Activations of 7 bits cost more: see docs/log.md.)
+Activations are unsigned: each row has a number of its own that stands for zero. What that adds to
+a sum is this number times the sum of an output's weights, and is taken off. Without VNNI, pairs of
+products are added in 16 bits: weights then have 7 bits, so that nothing overflows. (Activations
+of 7 bits cost more: see docs/log.md.)
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ VECTORS = 4
 PANEL = VECTORS * LANES  # outputs of a tile
 STRIP = PANEL if HAS_AVX512 else LANES  # outputs that lie together
 DEPTH = 4  # inputs that lie together
-LEVELS = 127  # activations are whole numbers from -LEVELS to LEVELS
+LEVELS = 254  # steps from the least activation of a row to its largest: with rounding, 255
 WEIGHT_LEVELS = 127 if HAS_VNNI else 63  # weights, from -WEIGHT_LEVELS to WEIGHT_LEVELS
+MAX_INPUTS = (2**31 - 1) // (255 * WEIGHT_LEVELS)  # beyond, an exact sum may not fit in 32 bits
 UNIT_GROUPS = 40  # groups of rows that a thread takes at once, so that weights stay in its cache
 
 
@@ -221,14 +223,14 @@ def multiply_tile(rows, activations, group, weights, panel, steps, hop, sums):
 
 
 @inlined
-def dequantized(sums, row, vector, row_scale, matrix, panel_at):
+def dequantized(sums, row, vector, row_scale, row_zero, matrix, panel_at):
     """16 outputs of a row of a tile as floats, of the panel whose outputs begin at `panel_at`.
 
     Args:
-        matrix: with `scales`, `corrections` and `bias`, see `layers.Product`.
+        matrix: with `scales`, `column_sums` and `bias`, see `layers.Product`.
     """
     column = panel_at + vector * LANES
-    exact = load_ints(sums, row * PANEL + vector * LANES, matrix.corrections, column)
+    exact = load_ints(sums, row * PANEL + vector * LANES, matrix.column_sums, column, row_zero)
     value = exact * (fill(row_scale) * load_vector(matrix.scales, column))
     if matrix.bias.size:
         value = value + load_vector(matrix.bias, column)
@@ -241,7 +243,7 @@ def _sum_columns(thread, threads, weights, ones, sums, out):
     for panel in range(thread, weights.shape[0], threads):
         multiply_tile(1, ones, 0, weights, panel, steps, threads, sums[thread])
         for i in range(PANEL):
-            out[panel * PANEL + i] = sums[thread, i] * (LEVELS + 1)
+            out[panel * PANEL + i] = sums[thread, i]
 
 
 @entry
@@ -249,8 +251,8 @@ def _add_up(threads, weights, ones, sums, out):
     parallel(_sum_columns, threads, (weights, ones, sums, out))
 
 
-def corrections_of(threads: int, weights: np.ndarray) -> np.ndarray:
-    """What unsigned activations add to the sums of packed weights: int32 (outputs,)."""
+def column_sums_of(threads: int, weights: np.ndarray) -> np.ndarray:
+    """What the packed weights of each output add up to: int32 (outputs,)."""
     panels, size = weights.shape
     ones = np.ones(size // PANEL * ROWS, dtype=np.uint8)
     sums = torch.empty((threads, ROWS * PANEL), dtype=torch.int32).numpy()  # aligned

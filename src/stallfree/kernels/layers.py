@@ -54,13 +54,13 @@ class Product(NamedTuple):
     Attributes:
         weights: int8 (L, panels, bytes), as `int8_matmul.pack` lays them out.
         scales: float32 (L, outputs), of each output.
-        corrections: int32 (L, outputs), what unsigned activations add to each sum.
+        column_sums: int32 (L, outputs), what the weights of each output add up to.
         bias: float32 (L, outputs), or (L, 0).
     """
 
     weights: np.ndarray
     scales: np.ndarray
-    corrections: np.ndarray
+    column_sums: np.ndarray
     bias: np.ndarray
 
 
@@ -133,7 +133,7 @@ class Scratch(NamedTuple):
     Attributes:
         hidden: float32 (T * padded hidden,).
         activations: uint8, of `SLICE_ROWS` rows at most, packed.
-        scales: float32, of those rows.
+        scales, zeros: of those rows: float32, and int32, the activation that stands for zero.
         wide: float32, of those rows: heads or inner activations.
         queries, attended: float32 (T * H * D,), padded.
         part, part_sums, part_tops: float32, outputs of single splits.
@@ -144,6 +144,7 @@ class Scratch(NamedTuple):
     hidden: np.ndarray
     activations: np.ndarray
     scales: np.ndarray
+    zeros: np.ndarray
     wide: np.ndarray
     queries: np.ndarray
     attended: np.ndarray
@@ -226,7 +227,7 @@ def _norm(team, base, rows, x, at, weight, shape, scratch):
     while group < _groups(rows):
         for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
             rms_norm(x, at + row * width, weight, shape.hidden, width, shape.epsilon, normed, 0)
-            quantize(normed, 0, width, row, scratch.activations, scratch.scales)
+            quantize(normed, 0, width, row, scratch.activations, scratch.scales, scratch.zeros)
         group = _claim(base, scratch)
     return _done(team, _groups(rows), base, scratch)
 
@@ -237,7 +238,7 @@ def _quantize(team, base, rows, x, width, scratch):
     group = _claim(base, scratch)
     while group < _groups(rows):
         for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
-            quantize(x, row * width, width, row, scratch.activations, scratch.scales)
+            quantize(x, row * width, width, row, scratch.activations, scratch.scales, scratch.zeros)
         group = _claim(base, scratch)
     return _done(team, _groups(rows), base, scratch)
 
@@ -259,26 +260,26 @@ def _multiply(team, base, rows, matrix, kind, out, at, stride, scratch):
             )
             for i in range(some):
                 row = group * ROWS + i
-                scale = scratch.scales[row]
-                _finish(sums, i, scale, matrix, panel, kind, out, at + row * stride)
+                scale, zero = scratch.scales[row], scratch.zeros[row]
+                _finish(sums, i, scale, zero, matrix, panel, kind, out, at + row * stride)
         unit = _claim(base, scratch)
     return _done(team, units, base, scratch)
 
 
 @inlined
-def _finish(sums, row, scale, matrix, panel, kind, out, at):
+def _finish(sums, row, scale, zero, matrix, panel, kind, out, at):
     """Turn one row of a tile into floats, and put them where they belong."""
     column = panel * PANEL
     if kind == _GATE:
         half = VECTORS // 2
         for v in range(half):
-            gate = dequantized(sums, row, v, scale, matrix, column)
-            up = dequantized(sums, row, v + half, scale, matrix, column)
+            gate = dequantized(sums, row, v, scale, zero, matrix, column)
+            up = dequantized(sums, row, v + half, scale, zero, matrix, column)
             sigmoid = fill(_ONE) / (fill(_ONE) + exp2(gate * fill(_MINUS_LOG2_E)))
             put(out, at + column // 2 + v * LANES, gate * sigmoid * up)
         return
     for v in range(VECTORS):
-        value = dequantized(sums, row, v, scale, matrix, column)
+        value = dequantized(sums, row, v, scale, zero, matrix, column)
         place = at + column + v * LANES
         if kind == _ADD:
             value = load(out, place) + value
@@ -291,7 +292,7 @@ def _of_layer(product, layer):
     return Product(
         product.weights[layer],
         product.scales[layer],
-        product.corrections[layer],
+        product.column_sums[layer],
         product.bias[layer],
     )
 
@@ -433,7 +434,15 @@ def _quantize_attended(team, base, first, rows, stride, job):
                     scratch.attended,
                     place,
                 )
-            quantize(scratch.attended, place, stride, row, scratch.activations, scratch.scales)
+            quantize(
+                scratch.attended,
+                place,
+                stride,
+                row,
+                scratch.activations,
+                scratch.scales,
+                scratch.zeros,
+            )
         group = _claim(base, scratch)
     return _done(team, _groups(rows), base, scratch)
 

@@ -9,7 +9,6 @@ from stallfree.kernels.int8_matmul import DEPTH, LEVELS, PANEL, ROWS, STRIP
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, inlined
 from stallfree.kernels.simd import (
-    absolute,
     fill,
     fma,
     largest,
@@ -53,22 +52,28 @@ def rms_norm(x, at, weight, size, width, epsilon, out, out_at):
 
 
 @inlined
-def quantize(x, at, width, row, activations, scales):
+def quantize(x, at, width, row, activations, scales, zeros):
     """Round a row of `width` floats to whole numbers at a scale of its own, packed for tiles.
 
-    The scale is NaN if one of the floats is no finite number.
+    The numbers reach from the row's least float, or zero, to its largest, or zero; that which
+    stands for zero goes to `zeros`. The scale is NaN if one of the floats is no finite number.
     """
-    top, nothing = fill(_ZERO), fill(_ZERO)
+    top, bottom, nothing = fill(_ZERO), fill(_ZERO), fill(_ZERO)
     for i in range(0, width, LANES):
         some = load(x, at + i)
-        top = maximum(top, absolute(some))
+        top = maximum(top, some)
+        bottom = maximum(bottom, fill(_ZERO) - some)
         nothing = fma(some, fill(_ZERO), nothing)
-    most = max(largest(top), _TINY) + total(nothing)
-    factor = fill(np.float32(LEVELS) / most)
+    below = largest(bottom)
+    reach = max(largest(top) + below, _TINY) + total(nothing)
+    factor = np.float32(LEVELS) / reach
+    zero = np.int32(np.rint(below * factor))
     start = (row // ROWS * (width // DEPTH) * ROWS + row % ROWS) * DEPTH
     for i in range(0, width, LANES):
-        put_quads(activations, start + i * ROWS, ROWS * DEPTH, load(x, at + i) * factor, LEVELS + 1)
-    scales[row] = most / np.float32(LEVELS)
+        some = load(x, at + i) * fill(factor)
+        put_quads(activations, start + i * ROWS, ROWS * DEPTH, some, zero)
+    scales[row] = reach / np.float32(LEVELS)
+    zeros[row] = zero
 
 
 @inlined

@@ -79,12 +79,6 @@ def maximum(builder: Any, a: Any, b: Any) -> Any:
 
 
 @_operation(1)
-def absolute(builder: Any, a: Any) -> Any:
-    """The magnitude of each lane."""
-    return call(builder, "llvm.fabs.v16f32", F32X16, a)
-
-
-@_operation(1)
 def exp2(builder: Any, a: Any) -> Any:
     """2 to the power of each lane, within 2e-7; out of [-126, 126], and for NaN, the nearest.
 
@@ -163,8 +157,8 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def load_ints(typing: Any, array: Any, index: Any, minus: Any, minus_index: Any) -> Any:
-    """16 numbers of a flat int32 array from `index`, less those of another, as floats."""
+def load_ints(typing: Any, array: Any, index: Any, minus: Any, minus_index: Any, by: Any) -> Any:
+    """16 of a flat int32 array from `index`, less `by` times those of another, as floats."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         both = []
@@ -172,9 +166,10 @@ def load_ints(typing: Any, array: Any, index: Any, minus: Any, minus_index: Any)
             data = data_of(context, builder, signature.args[i], values[i])
             place = offset(builder, data, values[i + 1])
             both.append(builder.load(builder.bitcast(place, I32X16.as_pointer()), align=4))
-        return builder.sitofp(builder.sub(*both), F32X16)
+        less = builder.mul(both[1], splat(builder, values[4]))
+        return builder.sitofp(builder.sub(both[0], less), F32X16)
 
-    return F32X16_TYPE(array, types.intp, minus, types.intp), generate
+    return F32X16_TYPE(array, types.intp, minus, types.intp, types.int32), generate
 
 
 @intrinsic
@@ -203,8 +198,7 @@ def put_quads(typing: Any, array: Any, index: Any, stride: Any, vector: Any, plu
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         data = data_of(context, builder, signature.args[0], values[0])
         whole = call(builder, "llvm.nearbyint.v16f32", F32X16, values[3])
-        added = splat(builder, builder.trunc(values[4], I32))
-        shifted = builder.add(builder.fptosi(whole, I32X16), added)
+        shifted = builder.add(builder.fptosi(whole, I32X16), splat(builder, values[4]))
         quads = builder.bitcast(
             builder.trunc(shifted, ir.VectorType(I8, LANES)), ir.VectorType(I32, 4)
         )
@@ -214,7 +208,7 @@ def put_quads(typing: Any, array: Any, index: Any, stride: Any, vector: Any, plu
             store(builder, builder.extract_element(quads, I32(quad)), place, align=4)
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, types.intp, F32X16_TYPE, types.int64), generate
+    return types.none(array, types.intp, types.intp, F32X16_TYPE, types.int32), generate
 
 
 @intrinsic

@@ -38,7 +38,7 @@ from stallfree.model.weights import (
 
 __all__ = ["HeldWeights", "int8_weights"]
 
-_FORMAT = 2
+_FORMAT = 3
 _MAX_ENTRIES = 4
 _FILE = "model.safetensors"
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")

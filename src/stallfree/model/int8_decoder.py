@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from stallfree.errors import UnsupportedModelError
 from stallfree.kernels import attention, layers
-from stallfree.kernels.int8_matmul import PANEL, ROWS, corrections_of, pack, padded
+from stallfree.kernels.int8_matmul import MAX_INPUTS, PANEL, ROWS, column_sums_of, pack, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
@@ -66,6 +67,7 @@ class Int8Decoder:
     Raises:
         WeightFileError: a weight is missing, has another shape or type than the configuration
             says, or has no place in it.
+        UnsupportedModelError: a matrix is so wide that sums might not fit in 32 bits.
         RuntimeError: the machine does not run the kernels (`int8.is_supported`).
     """
 
@@ -240,6 +242,7 @@ class Int8Decoder:
                 sliced * max(width, attended, inner), dtype=torch.uint8
             ).numpy(),
             scales=floats(sliced),
+            zeros=np.zeros(sliced, dtype=np.int32),
             wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner)),
             queries=floats(rows * heads),
             attended=floats(rows * attended),
@@ -325,13 +328,18 @@ class _Loader:
         return np.asarray(self._reader.floats(name, (self._config.head_dim,)).float())
 
     def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> layers.Product:
+        if inputs > MAX_INPUTS:
+            raise UnsupportedModelError(
+                f"a matrix has {inputs:,} inputs; int8 sums of more than {MAX_INPUTS:,} are not "
+                "exact: use --dtype float32"
+            )
         outputs = padded(outputs, PANEL)
         weights = torch.empty((count, outputs // PANEL, inputs * PANEL), dtype=torch.int8)
         self.num_bytes += weights.nbytes + count * outputs * 8
         return layers.Product(
             weights=weights.numpy(),
             scales=np.zeros((count, outputs), dtype=np.float32),
-            corrections=np.zeros((count, outputs), dtype=np.int32),
+            column_sums=np.zeros((count, outputs), dtype=np.int32),
             bias=np.zeros((count, outputs if has_bias else 0), dtype=np.float32),
         )
 
@@ -366,7 +374,7 @@ class _Loader:
         values = _pad(values, product.scales.shape[1])
         pack(values, out.shape[1] // PANEL, out)
         product.scales[layer, : len(scales)] = scales.numpy()
-        product.corrections[layer] = corrections_of(self._threads, product.weights[layer])
+        product.column_sums[layer] = column_sums_of(self._threads, product.weights[layer])
         if bias is not None:
             product.bias[layer, : len(bias)] = bias.numpy()
 
