@@ -23,6 +23,8 @@ from stallfree.core.policies import POLICIES, Candidate, Policy, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import PolicyError, Scheduler, SchedulerConfig
+from stallfree.core.targets import RANKS, Targets
+from stallfree.core.waiting import PREFILL_ORDERS
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
 
 VOCABULARY = 50
@@ -81,6 +83,9 @@ class RestlessBudget:
     def admissions(self, running: Sequence[Request]) -> int | None:
         return self._random.choice([None, 0, 1]) if running else None
 
+    def pace(self, running: Sequence[Request]) -> None:
+        pass
+
     def observe(self, batch: Batch, seconds: float) -> None:
         pass
 
@@ -95,6 +100,9 @@ class Setup:
     max_num_seqs: int
     depth: int  # batches in flight at once
     watermark: float
+    prefill_order: str
+    is_fair: bool
+    has_tiers: bool
     seed: int
 
 
@@ -108,6 +116,9 @@ setups = st.builds(
     max_num_seqs=st.integers(1, 12),
     depth=st.integers(1, 3),
     watermark=st.sampled_from([0.0, 0.01, 0.2, 0.9]),
+    prefill_order=st.sampled_from(sorted(PREFILL_ORDERS)),
+    is_fair=st.booleans(),
+    has_tiers=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 
@@ -120,7 +131,12 @@ class Run:
         self.random = random.Random(setup.seed)
         pool = BlockPool(setup.num_blocks, setup.block_size)
         config = SchedulerConfig(
-            setup.policy, setup.max_num_seqs, MAX_MODEL_LEN, watermark=setup.watermark
+            setup.policy,
+            setup.max_num_seqs,
+            MAX_MODEL_LEN,
+            watermark=setup.watermark,
+            prefill_order=setup.prefill_order,
+            is_fair=setup.is_fair,
         )
         self.budget = RestlessBudget(setup.budget, setup.tile, self.random)
         self.scheduler = Scheduler(config, pool, self.budget)
@@ -134,6 +150,11 @@ class Run:
         max_tokens = random.randint(1, 12)
         prompt = [random.randrange(VOCABULARY) for _ in range(random.randint(1, 30))]
         size = random.choice([1, 1, 1, 3])
+        targets = Targets(
+            random.choice(sorted(RANKS)) if self.setup.has_tiers else "default",
+            ttft_s=random.choice([None, 1.0, 5.0]),
+            user=random.choice(["", "a", "b"]),
+        )
         for index in range(size):
             name = f"{len(self.requests)}"
             request = Request(
@@ -142,7 +163,9 @@ class Run:
                 SamplingParams(max_tokens=max_tokens, min_tokens=random.randint(0, max_tokens)),
                 max_tokens=max_tokens,
                 end_token_ids=frozenset({END_TOKEN}),
+                arrived_at=float(len(self.requests)),
                 group=f"group {len(self.requests) - index}" if size > 1 else None,
+                targets=targets,
             )
             if request.max_kv_tokens <= self.scheduler.pool.num_tokens:
                 self.scheduler.add(request)
@@ -182,15 +205,18 @@ class Run:
         policy = POLICIES[self.setup.policy]
         if policy.keeps_budget:
             limit = max(self.budget.last, batch.num_decodes)
-            if self.budget.last <= 0 and batch.num_decodes == 0:
-                limit = self.setup.tile  # nobody is held up
+            held_up = [c for c in batch.chunks if c.is_decode and not c.request.is_flex]
+            if self.budget.last <= 0 and not held_up:
+                limit = max(self.setup.tile, batch.num_decodes)  # nobody is held up
             assert batch.num_tokens <= limit
         if policy.reserves_context:
             assert all(request.num_preemptions == 0 for request in self.requests)
         if self.setup.policy in ("sarathi", "hybrid_only", "orca") and self.setup.depth == 1:
-            due = [request for request in self.scheduler.running if request.is_decode]
+            due = [each for each in self.scheduler.running if each.is_decode and not each.is_flex]
             assert {id(request) for request in due} == {
-                id(chunk.request) for chunk in batch.chunks if chunk.is_decode
+                id(chunk.request)
+                for chunk in batch.chunks
+                if chunk.is_decode and not chunk.request.is_flex
             }
 
     def check_end(self) -> None:
@@ -329,7 +355,7 @@ def test_abort_frees_everything_at_any_moment() -> None:
         lambda view: [Proposal(r, 99) for r in view.running],
         lambda view: [Proposal(r, 0) for r in view.running],
         lambda view: [Proposal(r, 1) for r in (*view.running, *view.running)],
-        lambda view: [Proposal(c.request, 17) for c in view.waiting],
+        lambda view: [Proposal(c.request, 17) for c in view.prefills if c.is_waiting],
     ],
 )
 def test_a_policy_that_breaks_the_rules_changes_nothing(
@@ -370,11 +396,13 @@ def test_a_policy_changes_nothing() -> None:
     for policy in POLICIES.values():
         state = View(
             running=tuple(own.running),
-            waiting=[Candidate(own.waiting[0], 10, 3)],
+            prefills=[Candidate(next(iter(own.waiting)), 10, 3, is_waiting=True)],
+            flex_prefills=[],
             num_running=len(own.running),
             free_blocks=5,
             watermark_blocks=0,
             max_num_seqs=8,
+            max_admissions=None,
             token_limit=16,
             tile_tokens=1,
             decodes_ran_last=False,

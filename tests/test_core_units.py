@@ -178,10 +178,12 @@ def test_pool_finds_what_is_wrong() -> None:
 class _Decode:
     num_remaining_tokens = 1
     is_decode = True
+    is_flex = False
 
 
 class _Prefill:
     is_decode = False
+    is_flex = False
 
     def __init__(self, num_remaining_tokens: int) -> None:
         self.num_remaining_tokens = num_remaining_tokens
@@ -196,20 +198,24 @@ def view(
     free_blocks: int = 100,
     watermark: int = 0,
     max_num_seqs: int = 100,
+    max_admissions: int | None = None,
     tile: int = 1,
     decodes_ran_last: bool = False,
 ) -> View:
-    running: tuple[RequestView, ...] = (
-        *(_Decode() for _ in range(decodes)),
-        *(_Prefill(n) for n in prefills),
-    )
+    started = [_Prefill(n) for n in prefills]
+    running: tuple[RequestView, ...] = (*(_Decode() for _ in range(decodes)), *started)
     return View(
         running=running,
-        waiting=[Candidate(_Prefill(n), n, 1) for n in waiting],
+        prefills=[
+            *(Candidate(each, each.num_remaining_tokens) for each in started),
+            *(Candidate(_Prefill(n), n, 1, is_waiting=True) for n in waiting),
+        ],
+        flex_prefills=[],
         num_running=len(running),
         free_blocks=free_blocks,
         watermark_blocks=watermark,
         max_num_seqs=max_num_seqs,
+        max_admissions=max_admissions,
         token_limit=limit,
         tile_tokens=tile,
         decodes_ran_last=decodes_ran_last,

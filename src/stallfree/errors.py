@@ -8,6 +8,7 @@
     │   └── TokenizerError             no usable tokenizer or chat template
     ├── InvalidRequestError            one request is wrong; nobody else is affected
     │   └── ContextLengthError         more tokens than the context or the KV cache holds
+    ├── OverloadedError                a request is refused because too much waits
     └── EngineError                    a request that was accepted cannot be finished
         ├── ExecutorError              the iteration that held the request failed
         └── EngineStoppedError         the engine is draining, stopped or dead
@@ -55,6 +56,14 @@ class InvalidRequestError(StallfreeError):
 
 class ContextLengthError(InvalidRequestError):
     """A request asks for more tokens than the context or the KV cache can hold."""
+
+
+class OverloadedError(StallfreeError):
+    """A request is refused because too much waits; `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(StallfreeError):

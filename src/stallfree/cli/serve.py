@@ -28,6 +28,8 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from stallfree.server.app import run_server
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    if engine.admit_within_slo is not None:
+        logging.getLogger("stallfree.first_token").setLevel(logging.INFO)
     console = Console(stderr=True)
     built = build_engine(engine)
     exit_code = run_server(

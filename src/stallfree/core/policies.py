@@ -19,14 +19,17 @@ class RequestView(Protocol):
     def num_remaining_tokens(self) -> int: ...
     @property
     def is_decode(self) -> bool: ...
+    @property
+    def is_flex(self) -> bool: ...
 
 
 class Candidate(NamedTuple):
-    """A waiting request, the tokens it has to run, and the free blocks that admitting it takes."""
+    """A prefill: the tokens it has to run, and, if it waits, the free blocks that it takes."""
 
     request: RequestView
     num_tokens: int
-    num_blocks: int
+    num_blocks: int = 0
+    is_waiting: bool = False
 
 
 class Proposal(NamedTuple):
@@ -41,24 +44,29 @@ class View:
     """The state that a policy decides on.
 
     Attributes:
-        running: admitted requests that are not in flight, in order of arrival. Each already
+        running: admitted requests that are not in flight, by tier and arrival. Each already
             holds the block of its next token.
-        waiting: requests that may be admitted, first come first, lazily.
+        prefills: those of them that are prefills and requests that may be admitted, in the order
+            in which they are to be read, lazily.
+        flex_prefills: the same of requests that take only what the others leave.
         num_running: all admitted requests, those in flight too.
         free_blocks: blocks left for admissions.
         watermark_blocks: free blocks that an admission must leave, unless nothing else runs.
         max_num_seqs: most admitted requests.
+        max_admissions: most that may be admitted in this iteration, or None.
         token_limit: most tokens of the iteration, or None.
         tile_tokens: see `TokenBudget.tile_tokens`.
         decodes_ran_last: whether the last iteration held a decode.
     """
 
     running: tuple[RequestView, ...]
-    waiting: Iterable[Candidate]
+    prefills: Iterable[Candidate]
+    flex_prefills: Iterable[Candidate]
     num_running: int
     free_blocks: int
     watermark_blocks: int
     max_num_seqs: int
+    max_admissions: int | None
     token_limit: int | None
     tile_tokens: int
     decodes_ran_last: bool
@@ -73,6 +81,7 @@ class Plan:
         self._num_tokens = 0
         self._free_blocks = view.free_blocks
         self._num_running = view.num_running
+        self._num_admitted = 0
         self._has_chunk = False
 
     def run(self, request: RequestView, num_tokens: int) -> None:
@@ -87,19 +96,36 @@ class Plan:
         for request in requests:
             self.run(request, request.num_remaining_tokens)
 
-    def run_chunks(self) -> None:
-        """Continue every prefill under way, as far as the token limit goes."""
+    def run_prefills(self, prefills: Iterable[Candidate]) -> None:
+        """Continue prefills, and admit new ones while memory and places allow.
+
+        In their order, as far as the token limit goes. If one cannot be admitted, those under way
+        go on, but nobody overtakes it into the free memory.
+        """
+        done: set[int] = set()
+        for candidate in prefills:
+            num_tokens = self.chunk(candidate.num_tokens)
+            if num_tokens == 0:
+                return
+            if candidate.is_waiting and not self._admits(candidate):
+                break
+            self.run(candidate.request, num_tokens)
+            done.add(id(candidate.request))
+        else:
+            return
         for request in self._view.running:
-            if not request.is_decode:
+            is_same_kind = request.is_flex == candidate.request.is_flex and not request.is_decode
+            if is_same_kind and id(request) not in done:
                 self.run(request, self.chunk(request.num_remaining_tokens))
 
-    def admit_chunks(self) -> None:
-        """Admit waiting requests while memory, places and the token limit allow."""
-        for candidate in self._view.waiting:
-            num_tokens = self.chunk(candidate.num_tokens)
-            if num_tokens == 0 or not self._admits(candidate):
-                return
-            self.run(candidate.request, num_tokens)
+    def run_flex_decodes(self) -> None:
+        """Decodes that take what the others leave, as far as the token limit goes."""
+        limit = self._view.token_limit
+        for request in self._view.running:
+            if request.is_decode and request.is_flex:
+                if limit is not None and self._num_tokens >= limit:
+                    return
+                self.run(request, request.num_remaining_tokens)
 
     def chunk(self, remaining: int) -> int:
         """How many of a prefill's remaining tokens fit; cut to a tile unless all of them do."""
@@ -118,31 +144,37 @@ class Plan:
     def _admits(self, candidate: Candidate) -> bool:
         watermark = self._view.watermark_blocks if self._num_running else 0
         left = self._free_blocks - candidate.num_blocks
+        most = self._view.max_admissions
         if self._num_running >= self._view.max_num_seqs or left < watermark:
             return False
+        if most is not None and self._num_admitted >= most:
+            return False
         self._num_running += 1
+        self._num_admitted += 1
         self._free_blocks = left
         return True
 
 
 def stall_free(view: View) -> list[Proposal]:
-    """Every decode, then prefills under way, then new ones, within the token limit.
+    """Every decode, then prefills under way and new ones, within the token limit.
 
-    Sarathi-Serve, algorithm 3. Decodes are never skipped, even beyond the limit. Without a limit
-    this is the ablation `hybrid_only`, and the batching of `orca`: whole prompts beside decodes.
+    Sarathi-Serve, algorithm 3. Decodes are never skipped, even beyond the limit; but those of tier
+    `flex`, like its prefills, get what the others leave. Without a limit this is the ablation
+    `hybrid_only`, and the batching of `orca`: whole prompts beside decodes.
     """
     plan = Plan(view)
-    plan.run_all(request for request in view.running if request.is_decode)
-    plan.run_chunks()
-    plan.admit_chunks()
+    plan.run_all(each for each in view.running if each.is_decode and not each.is_flex)
+    plan.run_prefills(view.prefills)
+    plan.run_flex_decodes()
+    plan.run_prefills(view.flex_prefills)
     return plan.proposals
 
 
 def prefill_first(view: View) -> list[Proposal]:
     """Whole prompts if any waits and fits, else all decodes: vLLM as the paper compares it."""
     plan = Plan(view)
-    plan.run_chunks()
-    plan.admit_chunks()
+    plan.run_prefills(view.prefills)
+    plan.run_prefills(view.flex_prefills)
     if not plan.proposals:
         plan.run_all(view.running)
     return plan.proposals
@@ -153,7 +185,8 @@ def request_level(view: View) -> list[Proposal]:
     plan = Plan(view)
     plan.run_all(view.running)
     if view.num_running == 0:
-        plan.admit_chunks()
+        plan.run_prefills(view.prefills)
+        plan.run_prefills(view.flex_prefills)
     return plan.proposals
 
 
@@ -162,8 +195,8 @@ def alternating(view: View) -> list[Proposal]:
     decodes = [request for request in view.running if request.is_decode]
     plan = Plan(view)
     if not (decodes and not view.decodes_ran_last):
-        plan.run_chunks()
-        plan.admit_chunks()
+        plan.run_prefills(view.prefills)
+        plan.run_prefills(view.flex_prefills)
     if not plan.proposals:
         plan.run_all(decodes)
     return plan.proposals

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Sequence
 
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
 
 
 class RequestState(enum.Enum):
@@ -53,6 +54,7 @@ class Request:
         arrived_at: the engine's clock at arrival, in seconds.
         seed: the seed of this request's own random numbers.
         group: requests of one group have the same prompt and may share its KV blocks.
+        targets: what it is promised, and whom it goes before.
     """
 
     __slots__ = (
@@ -74,6 +76,7 @@ class Request:
         "request_id",
         "seed",
         "state",
+        "targets",
     )
 
     def __init__(
@@ -87,6 +90,7 @@ class Request:
         arrived_at: float = 0.0,
         seed: int = 0,
         group: str | None = None,
+        targets: Targets = DEFAULT_TARGETS,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = tuple(prompt_token_ids)
@@ -96,6 +100,7 @@ class Request:
         self.arrived_at = arrived_at
         self.seed = seed
         self.group = group
+        self.targets = targets
         self.arrival = (arrived_at, 0)  # the scheduler breaks ties by order of arrival
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
@@ -136,6 +141,11 @@ class Request:
     def is_decode(self) -> bool:
         """Whether all but the newest output token is computed."""
         return bool(self.output_token_ids) and self.num_remaining_tokens == 1
+
+    @property
+    def is_flex(self) -> bool:
+        """Whether it takes only what the others leave."""
+        return self.targets.yields
 
     @property
     def is_finished(self) -> bool:

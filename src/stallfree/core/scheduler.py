@@ -7,16 +7,16 @@ the time, or what runs the batch.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool, IntegrityError
 from stallfree.core.budget import TokenBudget
+from stallfree.core.fairness import TokenCounters
 from stallfree.core.policies import POLICIES, Candidate, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
+from stallfree.core.waiting import PREFILL_ORDERS, WaitingQueue
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
 
 
@@ -34,6 +34,8 @@ class SchedulerConfig:
         max_model_len: longest context in tokens, prompt and output together.
         watermark: share of the blocks that admissions leave free for running requests to grow,
             where the policy does not reserve for that.
+        prefill_order: a name in `PREFILL_ORDERS`.
+        is_fair: whether users take turns (see `fairness`).
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -43,10 +45,16 @@ class SchedulerConfig:
     max_num_seqs: int = 128
     max_model_len: int = 4096
     watermark: float = 0.01
+    prefill_order: str = "fcfs"
+    is_fair: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"scheduler is {self.policy!r}; it must be one of {list(POLICIES)}")
+        if self.prefill_order not in PREFILL_ORDERS:
+            raise ConfigError(
+                f"prefill_order is {self.prefill_order!r}; it must be one of {list(PREFILL_ORDERS)}"
+            )
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be at least 1")
         if self.max_model_len < 2:
@@ -70,8 +78,9 @@ class Scheduler:
         self.pool = pool
         self.budget = budget
         self.policy = POLICIES[config.policy]
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self._counters = TokenCounters() if config.is_fair else None
+        self.waiting = WaitingQueue(config.prefill_order, self._counters)
+        self.running: list[Request] = []  # by tier, then in order of arrival
         self._requests: dict[str, Request] = {}
         self._groups: dict[str, list[Request]] = {}
         watermark = 0 if self.policy.reserves_context else config.watermark
@@ -104,7 +113,7 @@ class Scheduler:
         self._requests[request.request_id] = request
         if request.group is not None:
             self._groups.setdefault(request.group, []).append(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def _check_fits(self, request: Request) -> None:
         if request.request_id in self._requests:
@@ -128,18 +137,23 @@ class Scheduler:
 
         `now` is the engine's clock in seconds.
         """
-        num_preempted = len(self.waiting)
+        num_waiting = len(self.waiting)
         ready = self._grow_running()
-        num_preempted = len(self.waiting) - num_preempted
+        may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
+        if may_admit:
+            ready = self._displace_flex(ready)
         limit = self._token_limit(ready) if self.policy.keeps_budget else None
         admissions = self.budget.admissions(self.running) if self.policy.keeps_budget else None
+        prefills = [request for request in ready if not request.is_decode]
         view = View(
             running=tuple(ready),
-            waiting=islice(self._candidates(), admissions) if num_preempted == 0 else (),
+            prefills=self._candidates(prefills, may_admit, is_flex=False),
+            flex_prefills=self._candidates(prefills, may_admit, is_flex=True),
             num_running=len(self.running),
             free_blocks=self.pool.num_free,
             watermark_blocks=self._watermark_blocks,
             max_num_seqs=self.config.max_num_seqs,
+            max_admissions=admissions,
             token_limit=limit,
             tile_tokens=self.budget.tile_tokens,
             decodes_ran_last=self._decodes_ran_last,
@@ -156,8 +170,25 @@ class Scheduler:
     def _token_limit(self, ready: Sequence[Request]) -> int:
         """The budget, clamped at zero; a tile at least if there is no answer to hold up."""
         limit = max(0, self.budget.tokens(ready))
-        is_idle = not any(request.is_decode or request.in_flight for request in self.running)
+        is_idle = not any(
+            (request.is_decode and not request.is_flex) or request.in_flight
+            for request in self.running
+        )
         return self.budget.tile_tokens if limit == 0 and is_idle else limit
+
+    def tokens_ahead(self, request: Request) -> tuple[int, int]:
+        """Tokens of prompts that would be read before a new request, and how many of them wait."""
+        num_tokens = num_waiting = 0
+        prefills = [each for each in self.running if not each.is_decode]
+        kinds = (False, True) if request.is_flex else (False,)
+        for is_flex in kinds:
+            own = [each for each in (*prefills, request) if each.is_flex == is_flex]
+            for each in self.waiting.in_order(own, True, is_flex=is_flex):
+                if each is request:
+                    break
+                num_tokens += each.num_remaining_tokens
+                num_waiting += each.state is RequestState.WAITING
+        return num_tokens, num_waiting
 
     def complete(self, batch: Batch, token_ids: Sequence[int]) -> None:
         """Take the result of a batch: one sampled token for each chunk of `batch.sampling`."""
@@ -170,6 +201,9 @@ class Scheduler:
                 self._end(request, request.pending_finish)
                 continue
             request.num_computed_tokens = chunk.stop
+            if self._counters is not None:
+                prompt_tokens = 0 if chunk.is_decode else chunk.num_tokens
+                self._counters.charge(request.targets.user, prompt_tokens, token_id is not None)
             if token_id is not None:
                 request.output_token_ids.append(token_id)
                 reason = request.finish_reason_after(token_id)
@@ -207,9 +241,9 @@ class Scheduler:
             raise IntegrityError("the queues and the table of live requests disagree")
 
     def _grow_running(self) -> list[Request]:
-        """Give each running request the block of its next token, preempting the latest arrivals.
+        """Give each running request the block of its next token, preempting the last of the last.
 
-        Returns those that are ready to run, in order of arrival.
+        Returns those that are ready to run, by tier and arrival.
         """
         ready = []
         for request in list(self.running):
@@ -224,22 +258,48 @@ class Scheduler:
                 ready.append(request)
         return ready
 
+    def _displace_flex(self, ready: list[Request]) -> list[Request]:
+        """Preempt `flex` requests, the latest first, while one of another tier lacks their room.
+
+        Returns those of `ready` that are left.
+        """
+        if not self.running or not self.running[-1].is_flex or self.policy.reserves_context:
+            return ready
+        candidate = next(self._candidates([], may_admit=True, is_flex=False), None)
+        if candidate is None:
+            return ready
+        victims = [r for r in reversed(self.running) if r.is_flex and not r.in_flight]
+        for victim in victims:
+            has_place = len(self.running) < self.config.max_num_seqs
+            left = self.pool.num_free - candidate.num_blocks
+            if has_place and left >= self._watermark_blocks:
+                break
+            self._preempt(victim)
+        return [request for request in ready if request.state is RequestState.RUNNING]
+
     def _preempt(self, request: Request) -> None:
         request.move_to(RequestState.WAITING)
         self._release_blocks(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
 
-    def _candidates(self) -> Iterator[Candidate]:
-        for request in self.waiting:
-            if not self._waits_for_sibling(request):
+    def _candidates(
+        self, under_way: Sequence[Request], may_admit: bool, *, is_flex: bool
+    ) -> Iterator[Candidate]:
+        """Prefills under way and, if some may be admitted, waiting ones: of `flex`, or the rest."""
+        own = [request for request in under_way if request.is_flex == is_flex]
+        for request in self.waiting.in_order(own, may_admit, is_flex=is_flex):
+            if request.state is RequestState.RUNNING:
+                yield Candidate(request, request.num_remaining_tokens)
+            elif not self._waits_for_sibling(request):
                 shared = len(self._sharable_blocks(request))
                 yield Candidate(
                     request,
                     num_tokens=request.num_tokens - shared * self.pool.block_size,
                     num_blocks=self._blocks_to_admit(request) - shared,
+                    is_waiting=True,
                 )
 
     def _blocks_to_admit(self, request: Request) -> int:
@@ -306,13 +366,13 @@ class Scheduler:
         request.move_to(RequestState.RUNNING)
         self.waiting.remove(request)
         self.running.append(request)
-        self.running.sort(key=lambda running: running.arrival)
+        self.running.sort(key=lambda each: (each.targets.rank, each.arrival))
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         queue = self.running if request.state is RequestState.RUNNING else self.waiting
+        queue.remove(request)
         request.move_to(RequestState.FINISHED)
         request.finish_reason = reason
-        queue.remove(request)
         self._release_blocks(request)
         del self._requests[request.request_id]
         if request.group is not None:

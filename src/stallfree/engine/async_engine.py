@@ -16,9 +16,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.outputs import Delta
-from stallfree.errors import EngineStoppedError, InvalidRequestError
+from stallfree.errors import EngineStoppedError, InvalidRequestError, StallfreeError
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,21 @@ class _Stream:
     def __init__(self, num_completions: int) -> None:
         self.open = set(range(num_completions))  # completions that have not ended
         self._loop = asyncio.get_running_loop()
-        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._items: asyncio.Queue[Delta | StallfreeError | None] = asyncio.Queue()
 
-    def put(self, delta: Delta) -> None:
-        """Deliver from the engine's thread."""
+    def put(self, item: Delta | StallfreeError | None) -> None:
+        """Deliver from the engine's thread: a delta, why it was refused, or None: accepted."""
         try:
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # the event loop has closed: nobody listens any more
-            logger.debug("a delta of %s came after its event loop closed", delta.request_id)
+            logger.debug("%s came after its event loop closed", item)
 
-    async def get(self) -> Delta:
-        return await self._deltas.get()
+    async def get(self) -> Delta | None:
+        """What is next; raises why the request was refused."""
+        item = await self._items.get()
+        if isinstance(item, StallfreeError):
+            raise item
+        return item
 
 
 class AsyncEngine:
@@ -84,36 +89,47 @@ class AsyncEngine:
         if self._thread.is_alive():
             self._thread.join()
 
-    async def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    async def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> None:
         """Raise what `generate` would raise for a bad request, without running it."""
         self._check_accepting()
-        self.engine.check(prompt_token_ids, params)
+        self.engine.check(prompt_token_ids, params, targets)
 
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> AsyncGenerator[Delta, None]:
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> AsyncGenerator[Delta | None, None]:
         """Run a request; closing the iterator aborts it within one iteration.
 
         Yields:
-            The deltas of its n completions as they come; each ends with a `finish_reason`.
+            None once it is accepted, then the deltas of its n completions as they come; each ends
+            with a `finish_reason`.
 
         Raises:
             InvalidRequestError: the request is wrong; before anything is yielded.
+            OverloadedError: too much waits; before anything is yielded.
             EngineStoppedError: the engine takes no more requests.
         """
-        await self.check(prompt_token_ids, params)
+        await self.check(prompt_token_ids, params, targets)
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         stream = _Stream(params.n)
         self._streams[request_id] = stream
-        self._inbox.put(lambda: self.engine.add(request_id, prompt_token_ids, params))
+        self._inbox.put(partial(self._add, stream, request_id, prompt_token_ids, params, targets))
         num_open = params.n
         try:
             if self.error is not None:  # it died since the check: nobody reads the inbox
                 raise self._death()
             while num_open:
                 delta = await stream.get()
-                num_open -= delta.finish_reason is not None
+                num_open -= delta is not None and delta.finish_reason is not None
                 yield delta
         finally:
             self._streams.pop(request_id, None)
@@ -148,6 +164,21 @@ class AsyncEngine:
 
     def _death(self) -> EngineStoppedError:
         return EngineStoppedError(f"the engine has died: {self.error!r}")
+
+    def _add(
+        self,
+        stream: _Stream,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets,
+    ) -> None:
+        try:
+            self.engine.add(request_id, prompt_token_ids, params, targets)
+        except StallfreeError as error:
+            stream.put(error)
+        else:
+            stream.put(None)
 
     def _request_stop(self) -> None:
         self._stopping = True

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from stallfree.core.admission import Admission
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
 from stallfree.core.policies import POLICIES
@@ -81,7 +82,13 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         load_s=time.monotonic() - started,
     )
     scheduler = Scheduler(
-        SchedulerConfig(settings.scheduler, settings.max_num_seqs, max_model_len),
+        SchedulerConfig(
+            settings.scheduler,
+            settings.max_num_seqs,
+            max_model_len,
+            prefill_order=settings.prefill_order,
+            is_fair=settings.fair,
+        ),
         pool,
         _budget(executor, pool, facts, show_progress),
     )
@@ -93,6 +100,10 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         facts,
         end_token_ids=_end_token_ids(source, tokenizer, config),
         seed=settings.seed,
+        tiers=settings.tiers,
+        admission=Admission(
+            settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
+        ),
     )
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
 from stallfree.core.counter_random import mix
 from stallfree.core.request import FinishReason, Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
@@ -24,6 +26,7 @@ from stallfree.errors import ContextLengthError, EngineError, InvalidRequestErro
 from stallfree.executor.output import Executor, ExecutorOutput
 
 logger = logging.getLogger(__name__)
+first_token_logger = logging.getLogger("stallfree.first_token")
 
 
 class Engine:
@@ -37,6 +40,8 @@ class Engine:
         facts: what all this was built with.
         end_token_ids: tokens that end an output.
         seed: from which requests without a seed draw theirs.
+        tiers: targets of requests that have none of their own, by tier.
+        admission: who is refused.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class Engine:
         *,
         end_token_ids: frozenset[int] = frozenset(),
         seed: int = 0,
+        tiers: Mapping[str, Targets] | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -56,10 +63,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.facts = facts
         self.end_token_ids = end_token_ids
+        self._tiers = dict(tiers or {})
+        self._admission = admission or Admission()
         self._seed = seed
         self._num_added = 0
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
         self._request_ids: dict[str, list[str]] = {}  # ours to the scheduler's
+        self._predicted_s: dict[str, float] = {}  # to the first token, by the scheduler's id
 
     @property
     def model_name(self) -> str:
@@ -81,7 +91,12 @@ class Engine:
         """Whether a step has anything to do."""
         return self.scheduler.has_requests
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+    def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> int:
         """Most output tokens that a request may have. Safe to call from any thread.
 
         Raises:
@@ -90,6 +105,12 @@ class Engine:
         if not prompt_token_ids:
             raise InvalidRequestError(
                 "the prompt is empty; it must have at least 1 token", "prompt"
+            )
+        if targets.tbt_s is not None and self.facts.tbt_slo_s is None:
+            raise InvalidRequestError(
+                f"tbt_slo_ms is {targets.tbt_s * 1000:g}; this server keeps no target for the time "
+                "between tokens: it must be started with --tbt-slo",
+                "tbt_slo_ms",
             )
         self._check_ids("prompt", prompt_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
@@ -126,20 +147,27 @@ class Engine:
                 f"{name} holds token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}", name
             )
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> None:
         """Queue `params.n` completions of a prompt.
 
         Raises:
             InvalidRequestError: as `check`, or the id is in use.
+            OverloadedError: too much waits already.
         """
-        max_tokens = self.check(prompt_token_ids, params)
+        max_tokens = self.check(prompt_token_ids, params, targets)
         if request_id in self._request_ids:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         self._num_added += 1
         seed = params.seed if params.seed is not None else mix(self._seed, self._num_added)
         now = self.clock.now()
         ids = [f"{request_id}/{index}" for index in range(params.n)]
-        self._request_ids[request_id] = ids
+        requests = []
         for index, own_id in enumerate(ids):
             own = params if index == 0 else dataclasses.replace(params, prompt_logprobs=None)
             request = Request(
@@ -151,7 +179,15 @@ class Engine:
                 arrived_at=now,
                 seed=mix(seed, index),
                 group=request_id if params.n > 1 else None,
+                targets=targets.completed(self._tiers),
             )
+            requests.append(request)
+        predicted_s = self._admission.check(requests[0], self.scheduler)
+        if predicted_s is not None:
+            self._predicted_s[ids[0]] = predicted_s
+        self._request_ids[request_id] = ids
+        for index, request in enumerate(requests):
+            own_id = request.request_id
             self._completions[own_id] = Completion(request_id, index, request, self.tokenizer)
             self.scheduler.add(request)
 
@@ -201,11 +237,21 @@ class Engine:
             if sample.error is not None:
                 deltas.append(self._failure(completion, sample.error))
                 continue
+            self._log_first_token(completion.request)
             delta = completion.add(sample)
             if delta.finish_reason is not None:
                 self._finish(completion, FinishReason.STOP)
             deltas.append(delta)
         return deltas
+
+    def _log_first_token(self, request: Request) -> None:
+        """Say when the first token of a request came, beside what was predicted."""
+        predicted_s = self._predicted_s.pop(request.request_id, None)
+        if predicted_s is not None:
+            came_s = self.clock.now() - request.arrived_at
+            message = "first token of %s (%s): predicted after %.3f s, came after %.3f s"
+            tier = request.targets.tier
+            first_token_logger.info(message, request.request_id, tier, predicted_s, came_s)
 
     def _fail(self, batch: Batch, error: BaseException) -> list[Delta]:
         self.scheduler.fail(batch)
@@ -227,6 +273,7 @@ class Engine:
         """Forget a completion, and end its request if the scheduler has not."""
         request = completion.request
         self.scheduler.finish(request, reason)
+        self._predicted_s.pop(request.request_id, None)
         del self._completions[request.request_id]
         siblings = self._request_ids[completion.request_id]
         siblings.remove(request.request_id)

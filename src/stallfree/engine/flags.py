@@ -6,6 +6,7 @@ here knows which settings there are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -184,3 +185,20 @@ def parse_duration(text: str) -> float:
         raise ConfigError(f"{text!r} is not a time; write it as 200ms or 0.2s")
     number, unit = match.groups()
     return float(number) / (1000 if (unit or "").lower() == "ms" else 1)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError if a value is not one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_range(name: str, value: float | None, low: float, high: float | None = None) -> None:
+    """Raise ConfigError if a value is given and below `low`, above `high` or not finite."""
+    if value is None:
+        return
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or value < low or (high is not None and value > high):
+        limit = f"finite and at least {low}" if not finite else f"at least {low}"
+        limit += "" if high is None else f" and at most {high}"
+        raise ConfigError(f"{name} is {value}; it must be {limit}")

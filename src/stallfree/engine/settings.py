@@ -7,7 +7,6 @@ slow `--help` down.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.core.policies import POLICIES
-from stallfree.engine.flags import Flag, check_types, parse_bytes, parse_duration
+from stallfree.engine.flags import Flag, check_choice, check_range, check_types, parse_bytes
+from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
@@ -23,7 +23,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
 MAX_PORT = 65_535
-MIN_TBT_SLO_S = 0.001
 MAX_SEED = 2**63 - 1
 
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
@@ -37,7 +36,7 @@ def available_cpus() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
+class EngineSettings(SchedulingSettings):
     """What an engine is built from.
 
     Raises:
@@ -57,45 +56,6 @@ class EngineSettings:
     revision: Annotated[
         str | None,
         Flag("Branch, tag or commit of a hub id.", "REVISION", unset="the main branch"),
-    ] = None
-    scheduler: Annotated[
-        str,
-        Flag(f"How requests are batched: {', '.join(POLICIES)}.", "NAME", panel="Scheduling"),
-    ] = "sarathi"
-    token_budget: Annotated[
-        int | None,
-        Flag(
-            "Most tokens an iteration holds, decodes first: smaller keeps the time between "
-            "tokens shorter, larger reads prompts faster.",
-            "TOKENS",
-            unset="96 on a CPU in int8, 64 in floats, 512 on a CUDA GPU",
-            panel="Scheduling",
-        ),
-    ] = None
-    tbt_slo_s: Annotated[
-        float | None,
-        Flag(
-            "Target for the time between two tokens of an answer, 200ms or 0.2s: each iteration "
-            "takes as much of the prompts as keeps it. Instead of a token budget.",
-            "TIME",
-            name="tbt_slo",
-            unset="the token budget alone decides",
-            parse=parse_duration,
-            panel="Scheduling",
-        ),
-    ] = None
-    max_num_seqs: Annotated[
-        int,
-        Flag("Most requests that run at once; the others wait.", "REQUESTS", panel="Scheduling"),
-    ] = 128
-    max_model_len: Annotated[
-        int | None,
-        Flag(
-            "Longest context, prompt and answer together.",
-            "TOKENS",
-            unset="what the model and the KV cache allow",
-            panel="Scheduling",
-        ),
     ] = None
     kv_cache_memory_bytes: Annotated[
         int | None,
@@ -145,32 +105,19 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        SchedulingSettings.__post_init__(self)
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the demo model")
         if self.revision is not None and self.model is None:
             raise ConfigError(f"revision is {self.revision!r}, but no model is named")
-        _check_choice("scheduler", self.scheduler, tuple(POLICIES))
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}; write it as auto, cpu, cuda or cuda:1")
-        _check_range("token_budget", self.token_budget, 1)
-        _check_range("tbt_slo_s", self.tbt_slo_s, MIN_TBT_SLO_S)
-        if self.tbt_slo_s is not None and self.token_budget is not None:
-            raise ConfigError(
-                f"token_budget is {self.token_budget} and tbt_slo is {self.tbt_slo_s} s: "
-                "the one is chosen from the other; give one of them"
-            )
-        if self.tbt_slo_s is not None and not POLICIES[self.scheduler].keeps_budget:
-            raise ConfigError(
-                f"tbt_slo is of no use with scheduler {self.scheduler!r}, which keeps no budget"
-            )
-        _check_range("max_num_seqs", self.max_num_seqs, 1)
-        _check_range("max_model_len", self.max_model_len, 2)
-        _check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
-        _check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
-        _check_range("threads", self.threads, 1)
-        _check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
+        check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_range("threads", self.threads, 1)
+        check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -247,26 +194,11 @@ class ServerSettings:
         check_types(self)
         if not self.host.strip():
             raise ConfigError("host is empty; 127.0.0.1 is this machine only")
-        _check_range("port", self.port, 0, MAX_PORT)
+        check_range("port", self.port, 0, MAX_PORT)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ConfigError("api_key must be ASCII and not blank; leave it out to need none")
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError("served_model_name is empty; leave it out to use the model's own")
         if self.chat_template is not None and not self.chat_template.is_file():
             raise ConfigError(f"chat_template is {self.chat_template}; there is no such file")
-        _check_range("drain_timeout_s", self.drain_timeout_s, 0)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def _check_range(name: str, value: float | None, low: float, high: float | None = None) -> None:
-    if value is None:
-        return
-    finite = isinstance(value, int) or math.isfinite(value)
-    if not finite or value < low or (high is not None and value > high):
-        limit = f"finite and at least {low}" if not finite else f"at least {low}"
-        limit += "" if high is None else f" and at most {high}"
-        raise ConfigError(f"{name} is {value}; it must be {limit}")
+        check_range("drain_timeout_s", self.drain_timeout_s, 0)

@@ -28,15 +28,15 @@ async def create_chat_completion(request: Request) -> Response:
     service.check_model(body.model)
     params = body.params()
     prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
-    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [prompt], params)
-    await service.check(job.prompts, params, source="messages")
+    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [prompt], params, body.targets())
+    await service.check(job.prompts, params, job.targets, source="messages")
     if body.stream:
-        return EventStream(_events(service, job, body.include_usage))
+        return EventStream(_events(service, body, job))
     outcome = await while_connected(request.receive, collect(service.engine, job))
-    return JSONResponse(_whole(service, job, outcome))
+    return JSONResponse(_whole(service, body, job, outcome))
 
 
-def _whole(service: Service, job: Job, outcome: Outcome) -> dict[str, Any]:
+def _whole(service: Service, body: ChatRequest, job: Job, outcome: Outcome) -> dict[str, Any]:
     asked = job.params.logprobs is not None
     choices = [
         {
@@ -48,24 +48,28 @@ def _whole(service: Service, job: Job, outcome: Outcome) -> dict[str, Any]:
         for index, choice in enumerate(outcome.choices)
     ]
     return {
-        **_head(service, job, "chat.completion"),
+        **_head(service, body, job, "chat.completion"),
         "choices": choices,
         "usage": job.usage(outcome.num_output_tokens),
     }
 
 
-async def _events(service: Service, job: Job, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    head = _head(service, job, "chat.completion.chunk")
-    usage: dict[str, None] = {"usage": None} if include_usage else {}
+async def _events(service: Service, body: ChatRequest, job: Job) -> AsyncGenerator[bytes, None]:
+    head = _head(service, body, job, "chat.completion.chunk")
+    usage: dict[str, None] = {"usage": None} if body.include_usage else {}
     begun: set[int] = set()
     num_output_tokens = 0
     async with aclosing(stream(service.engine, job)) as deltas:
-        async for index, delta in deltas:
+        async for item in deltas:
+            if item is None:
+                yield b""
+                continue
+            index, delta = item
             num_output_tokens += len(delta.token_ids)
             entry = _entry(service, index, delta, is_first=index not in begun)
             begun.add(index)
             yield event({**head, "choices": [entry], **usage})
-    if include_usage:
+    if body.include_usage:
         yield event({**head, "choices": [], "usage": job.usage(num_output_tokens)})
     yield DONE
 
@@ -80,10 +84,11 @@ def _entry(service: Service, index: int, delta: Delta, *, is_first: bool) -> dic
     }
 
 
-def _head(service: Service, job: Job, kind: str) -> dict[str, Any]:
+def _head(service: Service, body: ChatRequest, job: Job, kind: str) -> dict[str, Any]:
     return {
         "id": job.request_id,
         "object": kind,
         "created": int(time.time()),
         "model": service.model_name,
+        **body.tier_shown,
     }

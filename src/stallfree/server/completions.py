@@ -43,8 +43,8 @@ async def _job(service: Service, body: CompletionRequest) -> Job:
     prompts = [
         await service.prompt(prompt, special_tokens, bool(body.echo)) for prompt in body.prompt
     ]
-    job = Job(f"cmpl-{uuid.uuid4().hex}", prompts, params)
-    await service.check(prompts, params)
+    job = Job(f"cmpl-{uuid.uuid4().hex}", prompts, params, body.targets())
+    await service.check(prompts, params, job.targets)
     return job
 
 
@@ -63,6 +63,7 @@ class _Completion:
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.model_name,
+            **body.tier_shown,
         }
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
@@ -83,7 +84,11 @@ class _Completion:
         usage: dict[str, None] = {"usage": None} if self._body.include_usage else {}
         num_output_tokens = 0
         async with aclosing(stream(self._service.engine, self._job)) as deltas:
-            async for index, delta in deltas:
+            async for item in deltas:
+                if item is None:
+                    yield b""
+                    continue
+                index, delta = item
                 num_output_tokens += len(delta.token_ids)
                 if delta.prompt_logprobs is not None:
                     self._prompt_logprobs[index // self._job.params.n] = delta.prompt_logprobs

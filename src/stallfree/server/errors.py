@@ -7,6 +7,7 @@ log. Knows nothing of requests or responses beyond their status.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    OverloadedError,
     StallfreeError,
     TokenizerError,
 )
@@ -78,6 +80,9 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.param)
         case TokenizerError():
             return ApiError(400, str(error))
+        case OverloadedError():
+            retry_after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+            return ApiError(429, str(error), code="rate_limit_exceeded", headers=retry_after)
         case EngineStoppedError():
             message = "the server is stopping and cannot take or finish this request"
             return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})

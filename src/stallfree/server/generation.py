@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.outputs import Delta
 from stallfree.errors import EngineStoppedError, ExecutorError
@@ -28,6 +29,7 @@ class Job:
     request_id: str
     prompts: Sequence[Prompt]
     params: SamplingParams
+    targets: Targets = DEFAULT_TARGETS
 
     @property
     def num_choices(self) -> int:
@@ -70,35 +72,48 @@ class Outcome:
     num_output_tokens: int = 0
 
 
-async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Run a job; yields its deltas as they come, each with its choice.
+async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Delta] | None, None]:
+    """Run a job; yields None once all of it is accepted, then deltas as they come, with its choice.
 
     Closing the generator aborts all of it.
 
     Raises:
-        InvalidRequestError: before the first delta, the engine refuses a prompt.
+        InvalidRequestError: before anything is yielded, the engine refuses a prompt.
+        OverloadedError: before anything is yielded, too much waits.
         EngineStoppedError: the engine takes no requests, or ended this one.
         ExecutorError: an iteration failed.
     """
-    queue: asyncio.Queue[tuple[int, Delta] | asyncio.Task[None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Delta] | asyncio.Task[None] | None] = asyncio.Queue()
 
     async def run(index: int, prompt: Prompt) -> None:
         request_id = f"{job.request_id}-{index}"
-        deltas = engine.generate(request_id, prompt.token_ids, job.params)
+        deltas = engine.generate(request_id, prompt.token_ids, job.params, job.targets)
         async with aclosing(deltas):
             async for delta in deltas:
+                if delta is None:
+                    queue.put_nowait(None)
+                    continue
                 queue.put_nowait((index * job.params.n + delta.index, _checked(delta)))
 
     tasks = [asyncio.create_task(run(index, prompt)) for index, prompt in enumerate(job.prompts)]
     for task in tasks:
         task.add_done_callback(queue.put_nowait)
     try:
-        num_running = len(tasks)
+        num_running, num_accepted = len(tasks), 0
+        held: list[tuple[int, Delta]] = []  # of prompts that were accepted before others
         while num_running:
             item = await queue.get()
-            if isinstance(item, asyncio.Task):
+            if item is None:
+                num_accepted += 1
+                if num_accepted == len(tasks):
+                    yield None
+                    for each in held:
+                        yield each
+            elif isinstance(item, asyncio.Task):
                 item.result()
                 num_running -= 1
+            elif num_accepted < len(tasks):
+                held.append(item)
             else:
                 yield item
     finally:
@@ -112,7 +127,10 @@ async def collect(engine: AsyncEngine, job: Job) -> Outcome:
     outcome = Outcome([Choice() for _ in range(job.num_choices)])
     texts: list[list[str]] = [[] for _ in outcome.choices]
     async with aclosing(stream(engine, job)) as deltas:
-        async for index, delta in deltas:
+        async for item in deltas:
+            if item is None:
+                continue
+            index, delta = item
             choice = outcome.choices[index]
             texts[index].append(delta.text)
             choice.logprobs += delta.logprobs or ()

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from pydantic_core import PydanticCustomError
 
 from stallfree.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from stallfree.core.targets import RANKS, Targets
 from stallfree.errors import InvalidRequestError
 from stallfree.server.fields import Content, LogitBias, Prompts, Stop, refusal, shown
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_MESSAGES = 4_096
+MAX_USER_CHARS = 256  # that count
 
 BodyT = TypeVar("BodyT", bound="Body")
 
@@ -101,7 +103,7 @@ class StreamOptions(Body):
 class SamplingBody(Body):
     """The fields that completions and chat completions share."""
 
-    IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+    IGNORED = frozenset({"metadata", "store"})
 
     model: str
     stream: bool | None = None
@@ -122,6 +124,11 @@ class SamplingBody(Body):
     stop_token_ids: Annotated[list[int], FailFast()] = []
     ignore_eos: bool | None = None
     skip_special_tokens: Literal[True] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    tbt_slo_ms: Annotated[float | None, Field(gt=0)] = None
+    ttft_slo_ms: Annotated[float | None, Field(gt=0)] = None
+    user: str | None = None
+    safety_identifier: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -133,6 +140,26 @@ class SamplingBody(Body):
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk that carries the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def tier(self) -> str:
+        """The tier that is served: what is left to us, or not known here, is the default one."""
+        tier = self.service_tier
+        return tier if tier in RANKS else "default"
+
+    @property
+    def tier_shown(self) -> dict[str, str]:
+        """What the response says of its tier, if one was asked for."""
+        return {} if self.service_tier is None else {"service_tier": self.tier}
+
+    def targets(self) -> Targets:
+        """Whom the request goes before, and its own deadlines."""
+        return Targets(
+            self.tier,
+            tbt_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
+            ttft_s=None if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000,
+            user=(self.user or self.safety_identifier or "")[:MAX_USER_CHARS],
+        )
 
     def sampling_params(
         self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None

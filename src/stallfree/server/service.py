@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.targets import Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.chat_template import compile_template
 from stallfree.engine.settings import ServerSettings
@@ -94,13 +95,18 @@ class Service:
             )
 
     async def check(
-        self, prompts: Sequence[Prompt], params: SamplingParams, source: str = "prompt"
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        targets: Targets,
+        source: str = "prompt",
     ) -> None:
         """Refuse what the engine would refuse, before anything runs.
 
         Args:
             prompts: what is to run.
             params: with these.
+            targets: and these.
             source: the field that the prompts come from.
 
         Raises:
@@ -110,7 +116,7 @@ class Service:
         """
         try:
             for prompt in prompts:
-                await self.engine.check(prompt.token_ids, params)
+                await self.engine.check(prompt.token_ids, params, targets)
         except InvalidRequestError as error:
             if error.param == "prompt":
                 error.param = source

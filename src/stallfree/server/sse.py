@@ -55,7 +55,8 @@ async def _departure(receive: Receive) -> None:
 class EventStream(Response):
     """A response that sends each of `events` at once, and closes them when the client leaves.
 
-    An error ends the stream with an event that holds it.
+    It begins with the first event, which may be empty: an error before it becomes the response. A
+    later error ends the stream with an event that holds it.
     """
 
     media_type = "text/event-stream"
@@ -76,12 +77,17 @@ class EventStream(Response):
             "status": self.status_code,
             "headers": self.raw_headers,
         }
-        await send(start)
+        has_started = False
         try:
             async with aclosing(self._events):
                 async for data in self._events:
+                    if not has_started:
+                        await send(start)
+                        has_started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
+            if not has_started:
+                raise
             data = event(api_error(error).body())
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,138 @@
+"""Requests that wait for admission, and the order in which prompts are read.
+
+Tiers go first by rank. Within a tier an order decides; or, with fairness, first the user who was
+served least, and the order among the requests of one user.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+
+from stallfree.core.fairness import TokenCounters
+from stallfree.core.request import Request
+from stallfree.core.targets import RANKS
+
+_NO_TARGET_S = 60.0  # to the first token, of a request that has no target
+_TOKENS_PER_S = 100.0  # that a second of waiting is worth in `srpf`
+
+Entry = tuple[float, tuple[float, int], Request]  # the arrival is unique, so requests never compare
+
+
+def _fcfs(request: Request) -> float:
+    return request.arrived_at
+
+
+def _edf(request: Request) -> float:
+    target_s = request.targets.ttft_s
+    return request.arrived_at + (_NO_TARGET_S if target_s is None else target_s)
+
+
+def _srpf(request: Request) -> float:
+    """Remaining tokens less what waiting is worth, but for a part that is the same for all."""
+    return request.num_remaining_tokens + _TOKENS_PER_S * request.arrived_at
+
+
+# First come, first served; earliest deadline of the first token; shortest remaining prefill, where
+# a second of waiting counts as 100 tokens, so that a prompt is overtaken for so long at most.
+PREFILL_ORDERS: dict[str, Callable[[Request], float]] = {"fcfs": _fcfs, "edf": _edf, "srpf": _srpf}
+
+
+class WaitingQueue:
+    """Waiting requests in order.
+
+    Args:
+        order: a name in `PREFILL_ORDERS`.
+        counters: of what each user got, for fairness; None: users do not matter.
+
+    Attributes:
+        num_tokens: of all waiting requests together.
+    """
+
+    def __init__(self, order: str = "fcfs", counters: TokenCounters | None = None) -> None:
+        self._order = PREFILL_ORDERS[order]
+        self._counters = counters
+        self._queues: dict[tuple[int, str], list[Entry]] = {}  # by rank and user, sorted
+        self._entries: dict[str, Entry] = {}
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from self.in_order((), True, is_flex=False)
+        yield from self.in_order((), True, is_flex=True)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait."""
+        if self._counters is not None:
+            self._counters.arrive(request.targets.user)
+        entry = self._entry(request)
+        self._entries[request.request_id] = entry
+        insort(self._queues.setdefault(self._queue_of(request), []), entry)
+        self.num_tokens += request.num_tokens
+
+    def remove(self, request: Request) -> None:
+        """Let it wait no longer.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        entry = self._entries.pop(request.request_id)
+        place = self._queue_of(request)
+        queue = self._queues[place]
+        del queue[bisect_left(queue, entry)]
+        if not queue:
+            del self._queues[place]
+        self.num_tokens -= request.num_tokens
+        if self._counters is not None:
+            self._counters.leave(request.targets.user)
+
+    def in_order(
+        self, under_way: Iterable[Request], with_waiting: bool, *, is_flex: bool
+    ) -> Iterator[Request]:
+        """Prefills `under_way` and, if asked for, those that wait: of `flex` or of the other tiers.
+
+        Lazily; the queue must not change meanwhile.
+        """
+        streams: dict[int, dict[str, list[Iterable[Entry]]]] = {}
+        for (rank, user), queue in self._queues.items():
+            if with_waiting and (rank == RANKS["flex"]) == is_flex:
+                streams.setdefault(rank, {})[user] = [queue]
+        started: dict[tuple[int, str], list[Entry]] = {}
+        for request in under_way:
+            started.setdefault(self._queue_of(request), []).append(self._entry(request))
+        for (rank, user), entries in started.items():
+            streams.setdefault(rank, {}).setdefault(user, []).append(sorted(entries))
+        for rank in sorted(streams):
+            users: dict[str, Iterator[Entry]] = {
+                user: heapq.merge(*queues) for user, queues in streams[rank].items()
+            }
+            yield from self._taking_turns(users)
+
+    def _taking_turns(self, users: dict[str, Iterator[Entry]]) -> Iterator[Request]:
+        """The next of the user who got least so far; what is given out here counts at once."""
+        counters = self._counters
+        if counters is None or len(users) == 1:
+            for entry in heapq.merge(*users.values()):
+                yield entry[-1]
+            return
+        heads = [(counters[user], next(entries), user) for user, entries in users.items()]
+        heapq.heapify(heads)
+        while heads:
+            got, entry, user = heads[0]
+            yield entry[-1]
+            following = next(users[user], None)
+            if following is None:
+                heapq.heappop(heads)
+            else:
+                got += entry[-1].num_remaining_tokens
+                heapq.heapreplace(heads, (got, following, user))
+
+    def _queue_of(self, request: Request) -> tuple[int, str]:
+        targets = request.targets
+        return targets.rank, "" if self._counters is None else targets.user
+
+    def _entry(self, request: Request) -> Entry:
+        return self._order(request), request.arrival, request
