@@ -37,6 +37,9 @@ class Device:
         assert batch is not None
         scheduled = {chunk.request.request_id for chunk in batch.chunks}
         assert {r.request_id for r in running} <= scheduled  # no decode is ever paused
+        self.run_batch(batch)
+
+    def run_batch(self, batch: Batch) -> None:
         seconds = self.slowness * device_seconds(BatchShape.of(batch))
         self.now += seconds
         self.steps.append((batch, seconds))

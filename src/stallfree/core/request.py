@@ -8,6 +8,7 @@ prompt never changes: preemption only sets the counter back to zero.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Sequence
 
 from stallfree.core.sampling_params import SamplingParams
@@ -101,7 +102,7 @@ class Request:
         self.seed = seed
         self.group = group
         self.targets = targets
-        self.arrival = (arrived_at, 0)  # the scheduler breaks ties by order of arrival
+        self.arrival = (arrived_at, sys.maxsize)  # the scheduler breaks ties by order of arrival
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
