@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from stallfree.cli.profile import largest_budget
 from stallfree.core.budget import SloBudget
 from stallfree.core.step_time import BatchShape, StepTimeModel
 from stallfree.engine.flags import parse_duration
+from stallfree.engine.profile import tile_of, tile_sizes
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
 
@@ -75,8 +78,34 @@ def test_profile_prints_its_tables(folder: Path) -> None:
         ],
     )
     assert result.exit_code == 0, result.output
-    for words in ("an iteration by its tokens", "median error", "static budgets"):
+    for words in ("an iteration by its tokens", "median error", "tile", "static budgets"):
         assert words in result.output
+
+
+def test_profile_writes_what_it_found_and_a_picture(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made, picture = tmp_path / "made.json", tmp_path / "curve.png"
+    arguments = ["profile", str(folder), "--dtype", "float32", "--rounds", "1"]
+    arguments += ["--kv-cache-memory", "1MiB", "--output", str(made), "--picture", str(picture)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    content = json.loads(made.read_text())
+    assert content["identity"]["dtype"] == "float32"
+    assert StepTimeModel(**{**content["times"], "knots": tuple(content["times"]["knots"])})
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("tile", [1, 4, 16])
+def test_a_tile_is_found_in_times_that_rise_by_it(tile: int) -> None:
+    rng = random.Random(tile)
+    sizes = tile_sizes(8)
+    measured = [
+        (BatchShape(n), (0.01 + 0.002 * (-(-n // tile) * tile)) * rng.uniform(1, 1.01))
+        for n in sizes
+        for _ in range(3)
+    ]
+    assert tile_of(measured) == tile
+    assert tile_of(measured[:2]) == 1
 
 
 @pytest.mark.parametrize(

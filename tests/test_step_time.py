@@ -137,6 +137,30 @@ def test_a_lasting_change_is_followed_within_five_iterations() -> None:
     assert predictor.margin(0.95) < 1.15  # a change is no scatter
 
 
+def test_costs_that_were_profiled_wrong_are_learned() -> None:
+    """Contexts cost twice what the profile says: errors halve, and stay that way."""
+    predictor = StepTimePredictor(fit(measured(9, 150)))
+    rng = random.Random(10)
+    errors = []
+    for _ in range(1500):
+        shape = random_shape(rng)
+        contexts = 1e-8 * shape.prefill_context + 1e-6 * shape.decode_context
+        seconds = device_seconds(shape) + contexts
+        errors.append(abs(predictor.seconds(shape) / seconds - 1))
+        predictor.observe(shape, seconds)
+    assert sum(errors[-300:]) < 0.5 * sum(errors[:300])
+
+
+def test_what_is_learned_has_limits() -> None:
+    model = fit(measured(11, 50))
+    predictor = StepTimePredictor(model)
+    rng = random.Random(12)
+    for _ in range(3000):  # nonsense: times that have nothing to do with the batches
+        predictor.observe(random_shape(rng), rng.uniform(0.01, 10))
+    for cost, first in zip(predictor.model.costs, model.costs, strict=True):
+        assert 0.5 * first <= cost <= 1.5 * first
+
+
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.95, 0.99])
 def test_so_many_iterations_are_within_the_margin(quantile: float) -> None:
     predictor = StepTimePredictor(fit(measured(6, 150, noise=0.1)))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stallfree.engine.settings import EngineSettings
+from stallfree.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from stallfree.core.step_time import BatchShape, StepTimeModel
-    from stallfree.engine.profile import Composition
-
 TARGETS_MS = (50, 100, 200, 500, 1000)
 CURVE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256)
-_HELD_OUT, _HELD_OUT_ROUNDS = 30, 2
+_NUM_HELD_OUT, _HELD_OUT_ROUNDS, _HELD_OUT_SEED = 40, 2, 1
 _QUANTILE = 0.95
 _BESIDE, _CONTEXT = 8, 500  # answers beside a prompt, and their context, in the table of budgets
 
@@ -28,55 +27,57 @@ def profile(
     engine: EngineSettings,
     rounds: Annotated[
         int, typer.Option(min=1, metavar="ROUNDS", help="How often each batch is measured.")
-    ] = 6,
+    ] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Also write the profile here; serve finds its own without."
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Also draw the time of an iteration by its tokens."),
+    ] = None,
 ) -> None:
-    """Measure this machine: about a minute for the demo model.
+    """Measure this machine: a minute or two for the demo model.
 
     Runs batches of chosen compositions, fits the step-time model that `serve --tbt-slo` uses, keeps
     it for later starts, and checks it on other batches, drawn at random. Prints the time of an
-    iteration by its tokens, and the token budget that fits each target. Let nothing else run.
+    iteration by its tokens, the tile of the matrix kernels, and the token budget that fits each
+    target. Let nothing else run.
     """
     from rich.console import Console
 
     from stallfree.engine.build import build_engine, progress
-    from stallfree.engine.profile import measure, measure_times
+    from stallfree.engine.profile import measure_profile, write_profile
+    from stallfree.engine.profile_batches import hybrid, measure
 
+    if picture is not None:
+        _import_pyplot()  # before minutes of measuring
     built = build_engine(engine)
     facts, pool = built.facts, built.scheduler.pool
-    held_out = random_compositions(min(facts.max_model_len, 8192), _HELD_OUT)
+    held_out = hybrid(facts.max_model_len, _NUM_HELD_OUT, _HELD_OUT_SEED)
     with progress(True) as bar:
         task = bar.add_task("measuring", total=None)
 
         def on_batch(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        times = measure_times(built.executor, pool, facts, on_batch, rounds)
+        made = measure_profile(built.executor, pool, facts, on_batch, rounds, finds_tile=True)
         bar.update(task, description="checking")
         checked = measure(
             built.executor, pool, facts.vocab_size, held_out, _HELD_OUT_ROUNDS, on_batch
         )
+    if output is not None:
+        write_profile(output, made, facts)
+    curve = {n: _plain_seconds(made.times, n) for n in CURVE_TOKENS}
+    if picture is not None:
+        _draw(curve, picture)
     console = Console()
-    console.print(_curve(times))
-    console.print(_check(times, checked), highlight=False, soft_wrap=True)
-    console.print(_budgets(times, facts.tile_tokens))
-
-
-def random_compositions(max_context: int, count: int) -> list[Composition]:
-    """Hybrid batches drawn at random: up to 16 decodes beside a chunk of up to 128 tokens."""
-    from stallfree.engine.profile import Composition
-
-    rng = random.Random(1)
-    made = []
-    for _ in range(count):
-        chunk = rng.randrange(1, min(129, max_context))
-        made.append(
-            Composition(
-                decodes=tuple(rng.randrange(1, max_context) for _ in range(rng.randrange(1, 17))),
-                chunk_start=rng.randrange(0, max_context - chunk),
-                chunk_tokens=chunk,
-            )
-        )
-    return made
+    console.print(_curve(curve))
+    lines = (_tile(made.tile_tokens, facts.tile_tokens), _check(made.times, checked))
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print(_budgets(made.times, max(made.tile_tokens, facts.tile_tokens)))
 
 
 def largest_budget(times: StepTimeModel, target_s: float, tile_tokens: int) -> int | None:
@@ -98,17 +99,21 @@ def largest_budget(times: StepTimeModel, target_s: float, tile_tokens: int) -> i
     return best
 
 
-def _curve(times: StepTimeModel) -> Table:
+def _plain_seconds(times: StepTimeModel, num_tokens: int) -> float:
+    """A chunk at the start of its prompt, and nothing else."""
+    from stallfree.core.step_time import BatchShape, chunk_context
+
+    return times.seconds(BatchShape(num_tokens, chunk_context(0, num_tokens), 0, 1))
+
+
+def _curve(seconds: Mapping[int, float]) -> Table:
     from rich import box
     from rich.table import Table
-
-    from stallfree.core.step_time import BatchShape, chunk_context
 
     table = Table(title="an iteration by its tokens", title_justify="left", box=box.SIMPLE)
     for title in ("tokens", "ms", "ms a token"):
         table.add_column(title, justify="right")
     table.add_column("")
-    seconds = {n: times.seconds(BatchShape(n, chunk_context(0, n), 0, 1)) for n in CURVE_TOKENS}
     longest = max(seconds.values())
     for tokens, own in seconds.items():
         bar = "\u2588" * max(1, round(40 * own / longest))
@@ -116,18 +121,59 @@ def _curve(times: StepTimeModel) -> Table:
     return table
 
 
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise ConfigError("--picture needs matplotlib: pip install matplotlib") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(seconds: Mapping[int, float], path: Path) -> None:
+    """Draw the curve, and beside it what a token costs."""
+    pyplot = _import_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    tokens = list(seconds)
+    left.plot(tokens, [seconds[n] * 1000 for n in tokens], marker="o")
+    left.set(xlabel="tokens of an iteration", ylabel="ms", xlim=(0, None), ylim=(0, None))
+    right.plot(tokens, [seconds[n] * 1000 / n for n in tokens], marker="o")
+    right.set(xlabel="tokens of an iteration", ylabel="ms a token", xscale="log", ylim=(0, None))
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    pyplot.close(figure)
+
+
+def _tile(found: int, expected: int) -> str:
+    if found == 1:
+        return f"No tile shows in the times; chunks are cut to {expected}, the kernels' own rows."
+    return f"Times rise in tiles of {found} tokens; chunks are cut to {max(found, expected)}."
+
+
 def _check(times: StepTimeModel, checked: Sequence[tuple[BatchShape, float]]) -> str:
-    """How well batches are predicted that the model was not fitted to."""
+    """How well batches are predicted that the model was not fitted to, one after the other.
+
+    As while serving: what a batch took is learned from before the next is predicted.
+    """
+    from stallfree.core.step_time import StepTimePredictor
+
     if not checked:
         return "The KV cache is too small for the batches that would check the model."
-    ratios = [seconds / times.seconds(shape) for shape, seconds in checked]
-    scatter = sorted(times.scatter)
-    margin = max(1.0, scatter[min(len(scatter) - 1, int(_QUANTILE * len(scatter)))])
-    error = median(abs(ratio - 1) for ratio in ratios)
-    within = sum(ratio <= margin for ratio in ratios) / len(ratios)
+    predictor = StepTimePredictor(times)
+    errors, num_within = [], 0
+    for shape, seconds in checked:
+        expected = predictor.seconds(shape)
+        errors.append(abs(expected / seconds - 1))
+        num_within += seconds <= expected * predictor.margin(_QUANTILE)
+        predictor.observe(shape, seconds)
     return (
-        f"{len(ratios)} hybrid batches drawn at random: median error {error:.1%}; "
-        f"{within:.0%} were within the margin for {_QUANTILE:.0%} ({margin:.2f} x the prediction)"
+        f"{len(errors)} hybrid batches drawn at random, each predicted while serving the others: "
+        f"median error {median(errors):.1%}; {num_within / len(errors):.0%} were within the "
+        f"{_QUANTILE:.0%} quantile"
     )
 
 

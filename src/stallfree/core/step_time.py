@@ -2,7 +2,8 @@
 
 `StepTimeModel` is a fitted function of a batch's composition; every coefficient is at least zero,
 so it never falls when something is added. `StepTimePredictor` follows the machine while it serves:
-how much faster or slower it is than when it was profiled, and how much single iterations scatter.
+how much faster or slower it is than when it was profiled, how much single iterations scatter, and
+what single costs are off.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SWEEPS = 3000
 _SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
 _SCATTER_STEPS = 400
+_LEARNED = 0.05  # of an error, in one iteration
+_LARGEST_ERROR = 0.2  # that is learned from: more is taken for that much
+_MOST_LEARNED = 0.5  # of a cost, either way
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class StepTimeModel:
     scatter: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        costs = (self.base_s, *self.rises_s, *self._slopes)
+        costs = self.costs
         if len(self.rises_s) != len(self.knots) - 1 or sorted(set(self.knots)) != list(self.knots):
             raise ValueError(f"{len(self.rises_s)} rises between knots {self.knots}")
         if not all(0 <= cost < float("inf") for cost in costs) or not any(costs):
@@ -98,9 +102,28 @@ class StepTimeModel:
         )
 
     def _line(self, num_tokens: int) -> float:
-        return sum(
-            rise * share
-            for rise, share in zip(self.rises_s, _shares(self.knots, num_tokens), strict=True)
+        return sum(map(float.__mul__, self.rises_s, _shares(self.knots, num_tokens)))
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """All coefficients, in the order of `parts`."""
+        return (self.base_s, *self.rises_s, *self._slopes)
+
+    def parts(self, shape: BatchShape) -> list[float]:
+        """What each coefficient is multiplied by for a batch."""
+        return [
+            1.0,
+            *_shares(self.knots, shape.num_tokens),
+            shape.prefill_context,
+            shape.decode_context,
+            shape.num_sampled,
+        ]
+
+    def with_costs(self, costs: Sequence[float]) -> StepTimeModel:
+        """The same model with other coefficients."""
+        base, *rises, prefill_context, decode_context, sampled = costs
+        return StepTimeModel(
+            base, self.knots, tuple(rises), prefill_context, decode_context, sampled, self.scatter
         )
 
 
@@ -115,6 +138,8 @@ def _shares(knots: Sequence[int], num_tokens: int) -> list[float]:
 def fit(samples: Iterable[tuple[BatchShape, float]]) -> StepTimeModel:
     """The model with the least relative squared error over measured batches.
 
+    Its scatter is that of each half of the shapes against a model fitted to the other half.
+
     Raises:
         ValueError: there are fewer than two sizes of batch, or a time is not positive.
     """
@@ -124,24 +149,22 @@ def fit(samples: Iterable[tuple[BatchShape, float]]) -> StepTimeModel:
     knots = (*knots, largest) if largest > 1 else ()
     if len(knots) < 2 or any(not 0 < seconds < float("inf") for _, seconds in measured):
         raise ValueError("step times need batches of 1 token and of more, each with its seconds")
-    rows = [
-        [
-            value / seconds
-            for value in (
-                1.0,
-                *_shares(knots, shape.num_tokens),
-                shape.prefill_context,
-                shape.decode_context,
-                shape.num_sampled,
-            )
-        ]
-        for shape, seconds in measured
+    shapes = list(dict.fromkeys(shape for shape, _ in measured))
+    some = set(shapes[::2])
+    halves = [
+        [each for each in measured if (each[0] in some) == is_some] for is_some in (True, False)
     ]
-    costs = _least_squares(rows)
-    base, *rises, prefill_context, decode_context, sampled = costs
-    model = StepTimeModel(base, knots, tuple(rises), prefill_context, decode_context, sampled)
-    scatter = sorted(seconds / model.seconds(shape) for shape, seconds in measured)
-    return replace(model, scatter=tuple(scatter))
+    scatter = []
+    for fitted, checked in (halves, halves[::-1]):
+        model = _fit(knots, fitted or measured)
+        scatter += [seconds / model.seconds(shape) for shape, seconds in checked]
+    return replace(_fit(knots, measured), scatter=tuple(sorted(scatter)))
+
+
+def _fit(knots: tuple[int, ...], measured: Sequence[tuple[BatchShape, float]]) -> StepTimeModel:
+    blank = StepTimeModel(1.0, knots, (0.0,) * (len(knots) - 1), 0.0, 0.0, 0.0)
+    rows = [[part / seconds for part in blank.parts(shape)] for shape, seconds in measured]
+    return blank.with_costs(_least_squares(rows))
 
 
 def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -179,10 +202,14 @@ class StepTimePredictor:
     The speed is the median of the last few iterations, time over model: one slow iteration does
     not move it, a lasting change does within five. The scatter is each iteration against the
     median of those around it, so a change of speed is not taken for scatter.
+    What an iteration took beyond the speed moves the costs of what it held, each by its share.
     """
 
     def __init__(self, model: StepTimeModel) -> None:
         self.model = model
+        self._limits = [
+            (cost * (1 - _MOST_LEARNED), cost * (1 + _MOST_LEARNED)) for cost in model.costs
+        ]
         self._recent: deque[float] = deque(maxlen=_SPEED_STEPS)
         self._scatter: deque[float] = deque(model.scatter, maxlen=_SCATTER_STEPS)
         self._sorted: list[float] = sorted(self._scatter)
@@ -206,6 +233,18 @@ class StepTimePredictor:
             return
         self._recent.append(seconds / expected)
         self.speed = median(self._recent)
+        self._learn(shape, seconds / (self.speed * expected) - 1, expected)
         if len(self._recent) == _SPEED_STEPS:
             self._scatter.append(self._recent[_SPEED_STEPS // 2] / self.speed)
             self._sorted = sorted(self._scatter)
+
+    def _learn(self, shape: BatchShape, error: float, expected: float) -> None:
+        """Move costs against a relative error: those with the largest share of the time most."""
+        error = max(-_LARGEST_ERROR, min(_LARGEST_ERROR, error))
+        costs = []
+        for cost, part, (low, high) in zip(
+            self.model.costs, self.model.parts(shape), self._limits, strict=True
+        ):
+            share = cost * part / expected
+            costs.append(max(low, min(high, cost * (1 + _LEARNED * error * share))))
+        self.model = self.model.with_costs(costs)

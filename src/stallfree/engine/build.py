@@ -19,7 +19,7 @@ from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.memory import default_share, free_bytes
-from stallfree.engine.profile import cached_times, measure_times
+from stallfree.engine.profile import cached_profile, measure_profile
 from stallfree.engine.settings import EngineSettings, available_cpus
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
@@ -120,17 +120,21 @@ def _budget(
     """What decides how many tokens an iteration holds; for a target, from measured step times."""
     if facts.tbt_slo_s is None:
         return StaticBudget(facts.token_budget or 1, facts.tile_tokens)
-    times = cached_times(facts)
-    if times is None:
+    profile = cached_profile(facts)
+    if profile is None:
         with progress(show_progress) as bar:
             task = bar.add_task("measuring iterations, once", total=None)
-            times = measure_times(
+            profile = measure_profile(
                 executor,
                 pool,
                 facts,
                 on_batch=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    return SloBudget(facts.tbt_slo_s, StepTimePredictor(times), tile_tokens=facts.tile_tokens)
+    return SloBudget(
+        facts.tbt_slo_s,
+        StepTimePredictor(profile.times),
+        tile_tokens=max(facts.tile_tokens, profile.tile_tokens),
+    )
 
 
 def progress(shown: bool) -> Progress:

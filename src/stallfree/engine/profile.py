@@ -1,8 +1,4 @@
-"""Measuring how long iterations take on this machine, and keeping the result on disk.
-
-The batches are made up: random tokens at chosen contexts, in the blocks of a cache that nobody
-uses yet. What a policy would have chosen plays no part.
-"""
+"""How long iterations take on this machine: measured once, fitted, and kept on disk."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import hashlib
 import json
 import logging
 import platform
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,47 +15,49 @@ from typing import Any
 import torch
 
 from stallfree.cache import atomic_file, cache_folder
-from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool
-from stallfree.core.request import Request
-from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.step_time import BatchShape, StepTimeModel, fit
 from stallfree.engine.facts import EngineFacts
-from stallfree.errors import ModelError
+from stallfree.engine.profile_batches import Composition, grid, hybrid, measure
+from stallfree.errors import ConfigError, ModelError
 from stallfree.executor.output import Executor
+from stallfree.kernels.jit import source_hash
 
-_FORMAT = 1
-ROUNDS = 3
+_FORMAT = 2
+ROUNDS = 2
+_NUM_HYBRID, _HYBRID_SEED = 12, 0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Composition:
-    """A batch to measure.
+class Profile:
+    """What is known of an engine's iterations.
 
     Attributes:
-        decodes: the context of each decode, its new token included.
-        chunk_start, chunk_tokens: a chunk beside them; 0 tokens for none.
+        times: seconds of a batch.
+        tile_tokens: what matrix kernels were found to round rows up to; 1: nothing, or not looked
+            for.
     """
 
-    decodes: tuple[int, ...] = ()
-    chunk_start: int = 0
-    chunk_tokens: int = 0
+    times: StepTimeModel
+    tile_tokens: int = 1
 
 
-def cached_times(facts: EngineFacts) -> StepTimeModel | None:
-    """How long iterations of such an engine take, as an earlier start measured it."""
+def cached_profile(facts: EngineFacts) -> Profile | None:
+    """The profile of such an engine that an earlier start measured."""
     return _read(_path(_identity(facts)))
 
 
-def measure_times(
+def measure_profile(
     executor: Executor,
     pool: BlockPool,
     facts: EngineFacts,
     on_batch: Callable[[int, int], None] | None = None,
     rounds: int = ROUNDS,
-) -> StepTimeModel:
-    """How long iterations take here, measured now and kept for later starts.
+    *,
+    finds_tile: bool = False,
+) -> Profile:
+    """Measure how long iterations take here, now, and keep it for later starts.
 
     Args:
         executor: see `measure`.
@@ -69,12 +65,67 @@ def measure_times(
         facts: of the engine.
         on_batch: see `measure`.
         rounds: how often each batch runs.
+        finds_tile: whether to look for the tile of the matrix kernels too.
     """
     compositions = grid(facts.max_model_len)
-    model = fit(measure(executor, pool, facts.vocab_size, compositions, rounds, on_batch))
-    identity = _identity(facts)
-    _write(_path(identity), model, identity)
-    return model
+    compositions += hybrid(facts.max_model_len, _NUM_HYBRID, _HYBRID_SEED)
+    times = fit(measure(executor, pool, facts.vocab_size, compositions, rounds, on_batch))
+    tile = 1
+    if finds_tile:
+        sizes = [Composition(chunk_tokens=size) for size in tile_sizes(facts.tile_tokens)]
+        tile = tile_of(measure(executor, pool, facts.vocab_size, sizes, rounds, on_batch))
+    profile = Profile(times, tile)
+    try:
+        write_profile(_path(_identity(facts)), profile, facts)
+    except ConfigError as error:
+        _log.warning("the step times are not kept, so the next start measures anew: %s", error)
+    return profile
+
+
+def write_profile(path: Path, profile: Profile, facts: EngineFacts) -> None:
+    """Write a profile of the engine with these facts as JSON.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    content = json.dumps({"identity": _identity(facts), **asdict(profile)}, indent=1).encode()
+    try:
+        with atomic_file(path, len(content)) as file:
+            file.write(content)
+    except ModelError as error:
+        raise ConfigError(f"the profile cannot be written to {path}: {error}") from error
+
+
+def tile_sizes(expected: int) -> range:
+    """Chunks from which a tile about as large as `expected` can be told."""
+    step = max(1, expected // 8)
+    return range(2 * expected, 5 * expected + 1, step)
+
+
+def tile_of(measured: Sequence[tuple[BatchShape, float]]) -> int:
+    """What the tokens of a batch seem to be rounded up to: a power of two.
+
+    Of lines over the rounded tokens, the one that is nearest to the least time of each size.
+    """
+    least: dict[int, float] = {}
+    for shape, seconds in measured:
+        least[shape.num_tokens] = min(seconds, least.get(shape.num_tokens, seconds))
+    if len(least) < 3:
+        return 1
+    sizes = sorted(least)
+    tiles = [1]
+    while tiles[-1] * 2 <= sizes[0]:
+        tiles.append(tiles[-1] * 2)
+    return min(tiles, key=lambda tile: _distance([-(-n // tile) for n in sizes], least, sizes))
+
+
+def _distance(rounded: Sequence[int], least: dict[int, float], sizes: Sequence[int]) -> float:
+    """Sum of squares that the best line over `rounded` leaves."""
+    times = [least[size] for size in sizes]
+    x, y = sum(rounded) / len(rounded), sum(times) / len(times)
+    spread = sum((each - x) ** 2 for each in rounded)
+    slope = sum((a - x) * (b - y) for a, b in zip(rounded, times, strict=True)) / (spread or 1.0)
+    return sum((b - y - slope * (a - x)) ** 2 for a, b in zip(rounded, times, strict=True))
 
 
 def _identity(facts: EngineFacts) -> dict[str, object]:
@@ -89,6 +140,7 @@ def _identity(facts: EngineFacts) -> dict[str, object]:
         "processor": _processor_name(facts.device),
         "threads": facts.threads,
         "version": version("stallfree"),
+        "code": source_hash() if facts.dtype == "int8" else None,
     }
 
 
@@ -102,95 +154,6 @@ def _processor_name(device: str) -> str:
     return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
-def grid(max_context: int) -> list[Composition]:
-    """Batches from which the costs of tokens, contexts and samples can be told apart."""
-    sizes = (1, 2, 4, 8, 16, 32, 64)
-    made = [Composition(decodes=(64,) * size) for size in sizes]
-    made += [Composition(chunk_tokens=size) for size in (8, 16, 32, 64, 96, 128, 256)]
-    made += [
-        Composition(decodes=(context,) * size)
-        for size, context in ((1, 2000), (8, 1000), (8, 3000), (16, 500))
-    ]
-    made += [
-        Composition(chunk_start=start, chunk_tokens=size)
-        for start, size in ((1000, 32), (1000, 96), (3000, 32), (3000, 96), (3000, 256))
-    ]
-    made += [
-        Composition((200,) * size, start, chunk)
-        for size, start, chunk in ((4, 500, 28), (8, 0, 40), (8, 2000, 56), (16, 1000, 80))
-    ]
-    longest = max_context - 1
-    fitting = [
-        each
-        for each in made
-        if max((each.chunk_start + each.chunk_tokens, *each.decodes)) <= longest
-    ]
-    return fitting or [Composition(decodes=(1,)), Composition(chunk_tokens=longest)]
-
-
-def measure(
-    executor: Executor,
-    pool: BlockPool,
-    vocab_size: int,
-    compositions: Sequence[Composition],
-    repeats: int,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[tuple[BatchShape, float]]:
-    """Run batches in rounds, so that a change of the machine's speed meets them all alike.
-
-    Args:
-        executor: its cache is overwritten.
-        pool: says how many blocks there are; nothing is allocated from it.
-        vocab_size: of the random tokens.
-        compositions: those that do not fit into the cache are left out.
-        repeats: rounds; one more comes first and does not count.
-        on_batch: called with how many batches of how many have run.
-
-    Returns:
-        Each batch's shape and the seconds that it took, once for each round.
-    """
-    batches = [batch for each in compositions if (batch := _batch(each, pool, vocab_size))]
-    measured = []
-    total = len(batches) * (repeats + 1)
-    for run in range(total):
-        batch = batches[run % len(batches)]
-        started = time.perf_counter()
-        executor.execute(batch)
-        seconds = time.perf_counter() - started
-        if run >= len(batches):
-            measured.append((BatchShape.of(batch), seconds))
-        if on_batch is not None:
-            on_batch(run + 1, total)
-    return measured
-
-
-def _batch(composition: Composition, pool: BlockPool, vocab_size: int) -> Batch | None:
-    """The batch, each of its requests in blocks of its own; None if there are not enough."""
-    rng = random.Random(0)
-    chunks: list[Chunk] = []
-    next_block = 0
-    parts = [(context - 1, 1, True) for context in composition.decodes]
-    if composition.chunk_tokens:
-        parts.append((composition.chunk_start, composition.chunk_tokens, False))
-    for start, num_tokens, is_decode in parts:
-        stop = start + num_tokens
-        tokens = rng.choices(range(vocab_size), k=max(1, stop - is_decode))
-        params = SamplingParams(temperature=0, max_tokens=2)
-        request = Request(f"profile-{len(chunks)}", tokens, params, max_tokens=2)
-        if is_decode:
-            request.output_token_ids.append(rng.randrange(vocab_size))
-        blocks = pool.blocks_for(request.num_tokens)
-        request.block_table = list(range(next_block, next_block + blocks))
-        request.num_computed_tokens = request.num_tokens - num_tokens
-        next_block += blocks
-        chunks.append(
-            Chunk(
-                request, request.num_computed_tokens, num_tokens, samples=True, is_decode=is_decode
-            )
-        )
-    return Batch(tuple(chunks)) if next_block <= pool.num_blocks else None
-
-
 def _path(identity: dict[str, object]) -> Path:
     """Where the profile of an engine is kept."""
     text = json.dumps([_FORMAT, identity], sort_keys=True)
@@ -198,27 +161,17 @@ def _path(identity: dict[str, object]) -> Path:
     return cache_folder() / "profiles" / f"{name}.json"
 
 
-def _read(path: Path) -> StepTimeModel | None:
-    """The model in a file; None if there is none, or none that makes sense."""
+def _read(path: Path) -> Profile | None:
+    """The profile in a file; None if there is none, or none that makes sense."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))["model"]
+        content = json.loads(path.read_text(encoding="utf-8"))
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in content.items()
+            for name, value in content["times"].items()
         }
-        return StepTimeModel(**fields)
+        return Profile(StepTimeModel(**fields), max(1, int(content["tile_tokens"])))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _log.warning("measuring anew, for %s is damaged: %s", path, error)
         return None
-
-
-def _write(path: Path, model: StepTimeModel, identity: dict[str, object]) -> None:
-    """Keep a profile, if the cache folder can be written."""
-    content = json.dumps({"identity": identity, "model": asdict(model)}, indent=1).encode()
-    try:
-        with atomic_file(path, len(content)) as file:
-            file.write(content)
-    except ModelError as error:
-        _log.warning("the step times are not kept, so the next start measures them anew: %s", error)

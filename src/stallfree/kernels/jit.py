@@ -15,16 +15,21 @@ from stallfree.cache import cache_folder
 _log = logging.getLogger(__name__)
 
 
+def source_hash() -> str:
+    """What changes when any kernel does."""
+    state = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(file.read_bytes())
+    return state.hexdigest()[:16]
+
+
 def _keep_compiled() -> None:
     """Keep machine code in the cache folder, so that only a first start compiles.
 
     Numba notices changes of the file that a function is in, but not of those it calls; a folder
     per state of all kernels makes up for that. Where nothing can be kept, each start compiles.
     """
-    state = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        state.update(file.read_bytes())
-    folder = cache_folder() / "kernels" / state.hexdigest()[:16]
+    folder = cache_folder() / "kernels" / source_hash()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
