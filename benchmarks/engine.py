@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine_loop import measure_loop
+from engine_loop import KV_TOKENS, measure_loop
 from engine_picture import draw
 from engine_promises import BATCHES, CASES, ONE, Promise, promises_of_engine, promises_of_steps
 from engine_start import measure_starts
@@ -35,10 +35,13 @@ from steps import Bounds, Case, Costs, Steps
 
 from stallfree import LLM
 from stallfree.engine.settings import DTYPES
-from stallfree.errors import ConfigError, ModelError
+from stallfree.errors import StallfreeError
+from stallfree.kernels.int8_matmul import padded
+from stallfree.kernels.ir import LANES
+from stallfree.model.config import ModelConfig
+from stallfree.model.source import open_model
 
 ROOT = Path(__file__).parent.parent
-ENGINE_KV_BYTES = 1 << 28  # of the engine in this process; cases have a cache of their own
 START_KV_BYTES = 1 << 30  # of the processes that are started
 TABLE_WIDTH = 100  # also where the output is no terminal
 
@@ -46,10 +49,10 @@ TABLE_WIDTH = 100  # also where the output is no terminal
 def main() -> int:
     """Run the benchmark; 1 if something could not be measured."""
     options = _options()
-    rounds, starts = (1, 2) if options.quick else (options.rounds, 3)
+    rounds, num_warm = (1, 1) if options.quick else (options.rounds, 3)
     settings = {"model": options.model, "dtype": options.dtype, "threads": options.threads}
     try:
-        engine = LLM(**settings, kv_cache_memory_bytes=ENGINE_KV_BYTES).engine
+        engine = LLM(**settings, kv_cache_memory_bytes=loop_kv_bytes(options.model)).engine
         executor: Any = engine.executor
         decoder = executor.decoder
         weight_size = 1 if engine.facts.dtype == "int8" else decoder.dtype.itemsize
@@ -57,9 +60,9 @@ def main() -> int:
         bounds, times = measure(Steps(decoder, CASES), rounds)
         print("the loop", file=sys.stderr)
         loop = measure_loop(engine)
-        print(f"{starts} starts", file=sys.stderr)
-        start = measure_starts({**settings, "kv_cache_memory_bytes": START_KV_BYTES}, starts)
-    except (ConfigError, ModelError, subprocess.CalledProcessError) as error:
+        print(f"{1 + num_warm} starts", file=sys.stderr)
+        start = measure_starts({**settings, "kv_cache_memory_bytes": START_KV_BYTES}, num_warm)
+    except (StallfreeError, subprocess.CalledProcessError) as error:
         print(f"the engine cannot be measured: {error}", file=sys.stderr)
         return 1
     least = {case: min(some) for case, some in times.items()}
@@ -96,6 +99,18 @@ def main() -> int:
     console.print(case_table(result["cases"]))
     console.print(promise_table(promises))
     return 0
+
+
+def loop_kv_bytes(model: str | None) -> int:
+    """Of a KV cache that is large enough for the loop, whatever its type.
+
+    Raises:
+        ConfigError, ModelError: the model cannot be used.
+    """
+    config = ModelConfig.from_hf(open_model(model).hf_config)
+    width = 2 * padded(config.head_dim, LANES)
+    float32_size = 4
+    return KV_TOKENS * config.num_layers * config.num_kv_heads * width * float32_size
 
 
 def measure(steps: Steps, rounds: int) -> tuple[Bounds, dict[Case, list[float]]]:
