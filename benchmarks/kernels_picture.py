@@ -39,7 +39,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     machine = result["machine"]
     figure.suptitle(
         f"Single kernels, {result['threads']} threads of {machine['cpu']}: "
-        f"{machine['read_gb_per_s']:.0f} GB/s read, {machine['int8_gop_per_s']:.0f} GOP/s int8",
+        f"{machine['read_gb_per_s']:.0f} GB/s read, "
+        f"{machine['reference_gop_per_s']:.0f} GOP/s {machine['reference']} (reference)",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
