@@ -9,9 +9,11 @@ from steps import seconds
 from stallfree.core.batch import Batch
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.engine import Engine
+from stallfree.errors import ConfigError
 from stallfree.executor.output import Executor, ExecutorOutput
 
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 16, 64
+KV_TOKENS = REQUESTS * (PROMPT_TOKENS + OUTPUT_TOKENS + 16)  # all run at once, with room to spare
 
 
 class _TimedExecutor:
@@ -33,6 +35,10 @@ def measure_loop(engine: Engine) -> Mapping[str, float]:
 
     Returns:
         How many steps these were, their mean in ms, and the share of it outside the executor.
+
+    Raises:
+        ConfigError: none ran all of them.
+        InvalidRequestError: the engine takes no request of this length.
     """
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     for number in range(REQUESTS):
@@ -49,6 +55,12 @@ def measure_loop(engine: Engine) -> Mapping[str, float]:
                 steps, executed_s, total_s = steps + 1, executed_s + timed.last_s, total_s + step_s
     finally:
         engine.executor = inner
+    if not steps:
+        raise ConfigError(
+            f"no step of the loop ran all {REQUESTS} requests: the KV cache holds "
+            f"{engine.facts.kv_cache_tokens} tokens, and {engine.facts.max_num_seqs} requests may "
+            "run at once"
+        )
     return {
         "requests": REQUESTS,
         "steps": steps,

@@ -28,13 +28,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH_INCHES, HEIGHT_INCHES), width_ratios=(3, 2), layout="constrained"
     )
-    _draw_floors(left, result["cases"])
+    _draw_floors(left, result["cases"], result["machine"]["reference"])
     _draw_batches(right, [case for case in result["cases"] if case["batch"]])
     machine = result["machine"]
     figure.suptitle(
         f"{result['model']} in {result['dtype']}, {result['threads']} threads of "
         f"{machine['cpu']}: {machine['read_gb_per_s']:.0f} GB/s read, "
-        f"{machine['int8_gop_per_s']:.0f} GOP/s int8",
+        f"{machine['reference_gop_per_s']:.0f} GOP/s {machine['reference']} (reference)",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_floors(ax: Axes, cases: list[dict[str, Any]]) -> None:
+def _draw_floors(ax: Axes, cases: list[dict[str, Any]], reference: str) -> None:
     ratios = [case["min_ms"] / case["floor_ms"] for case in cases]
     bars = ax.barh([case["name"] for case in cases], ratios, color=OURS, height=0.7)
     labels = [
@@ -52,7 +52,8 @@ def _draw_floors(ax: Axes, cases: list[dict[str, Any]]) -> None:
     ax.axvline(1, color=FLOOR, linewidth=1.2, zorder=0)
     ax.set_xlim(0, 1.4 * max(ratios))
     ax.set_ylim(len(cases) - 0.4, -0.6)
-    ax.set_xlabel("least time / floor (at the read bandwidth, or FBGEMM's int8 rate)", size=8)
+    floor = f"at the read bandwidth, or at the reference rate of {reference}"
+    ax.set_xlabel(f"least time / floor ({floor})", size=8)
     ax.set_title("An iteration, tokens at context", loc="left", fontsize=10, fontweight="bold")
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.tick_params(axis="x", labelsize=8)

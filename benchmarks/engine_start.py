@@ -6,6 +6,7 @@ Run by itself, with settings of `LLM` as JSON, it is such a process.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -24,21 +25,27 @@ MEMORY = {  # of /proc/self/status
 }
 
 
-def measure_starts(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Start `count` processes one after the other; the first only warms the caches.
+def measure_starts(settings: Mapping[str, Any], num_warm: int) -> dict[str, Any]:
+    """Start a process that only warms the caches, and then `num_warm`, one after the other.
 
     Returns:
-        What the last said of its memory, the seconds to the first token of each, and the best of
-        those but the first.
+        What the last said of its memory, what of that is neither weights nor KV cache, the seconds
+        to the first token of each, and the median of those but the first.
 
     Raises:
         CalledProcessError: one failed.
     """
     times = []
-    for _ in range(count):
+    for _ in range(1 + num_warm):
         first_token_s, memory = _start(settings)
         times.append(first_token_s)
-    return {**memory, "first_token_s": min(times[1:]), "first_token_s_of_each": times}
+    known = memory["weight_bytes"] + memory["kv_cache_bytes"]
+    return {
+        **memory,
+        "overhead_bytes": memory["resident_bytes"] - known,
+        "first_token_s": statistics.median(times[1:]),
+        "first_token_s_of_each": times,
+    }
 
 
 def _start(settings: Mapping[str, Any]) -> tuple[float, dict[str, int]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from machine import INPUTS, OUTPUTS, ROWS
+from machine import float_rate
 from steps import BLOCK, Bounds, Case, Costs, decodes, fill, make_input, seconds
 
 from stallfree.kernels import layers
@@ -21,7 +21,6 @@ from stallfree.kernels.openmp import parallel
 from stallfree.model.attention import attend, make_spans
 from stallfree.model.int8_decoder import Int8Decoder
 from stallfree.model.kv_cache import KVCache
-from stallfree.model.linear import make_linear
 
 OURS = "float16 KV"
 NAMES = (OURS, "SDPA float32")
@@ -57,15 +56,15 @@ def measure_attention(decoder: Int8Decoder, rounds: int, bounds: Bounds) -> list
     """Time both kernels on all cases in turn.
 
     Returns:
-        For each case and kernel: case, kernel, min_ms, median_ms, bytes of KV and operations of a
-        layer, and floor_ms, at the read bandwidth or the rate of float32 products.
+        For each case and kernel: case, kernel, min_ms, median_ms, bytes of its own KV cache and
+        operations of a layer, and floor_ms, at the read bandwidth or oneDNN's rate of float32.
     """
     runs = {case: _Run(decoder, case) for case in CASES}
     rate = 0.0
     for number in range(rounds + 1):
         if number:  # the first is for warming up
             bounds.measure()
-            rate = max(rate, _float_rate())
+            rate = max(rate, float_rate())
         for run in runs.values():
             run.measure(keep=number > 0)
     return [record for run in runs.values() for record in run.records(bounds, rate)]
@@ -120,24 +119,29 @@ class _Run:
         """What was measured, and the least that was possible."""
         config = self._decoder.config
         config = replace(config, sliding_windows=(None,) * config.num_layers)
-        costs = Costs(config, 1, self._decoder.kv_bytes_per_token)
-        num_bytes = costs.kv_bytes(self._case) / config.num_layers
-        operations = costs.attention_operations(self._case) / config.num_layers
-        return [
-            {
-                "case": self._case.name,
-                "kernel": name,
-                "min_ms": min(times) * 1000,
-                "median_ms": statistics.median(times) * 1000,
-                "bytes": num_bytes,
-                "operations": operations,
-                "floor_ms": max(num_bytes / bounds.read, operations / rate) * 1000,
-            }
-            for name, times in self._times.items()
-        ]
+        made = []
+        for (name, times), cache in zip(
+            self._times.items(), (self._cache, self._floats), strict=True
+        ):
+            costs = Costs(config, 1, _bytes_per_token(cache))
+            num_bytes = costs.kv_bytes(self._case) / config.num_layers
+            operations = costs.attention_operations(self._case) / config.num_layers
+            made.append(
+                {
+                    "case": self._case.name,
+                    "kernel": name,
+                    "min_ms": min(times) * 1000,
+                    "median_ms": statistics.median(times) * 1000,
+                    "bytes": num_bytes,
+                    "operations": operations,
+                    "floor_ms": max(num_bytes / bounds.read, operations / rate) * 1000,
+                }
+            )
+        return made
 
 
-def _float_rate() -> float:
-    """Operations per second of float32 matrix products, the best of a few."""
-    linear, x = make_linear(torch.randn(OUTPUTS, INPUTS)), torch.randn(ROWS, INPUTS)
-    return 2 * ROWS * INPUTS * OUTPUTS / min(seconds(lambda: linear(x)) for _ in range(3))
+def _bytes_per_token(cache: Any) -> int:
+    """Of a KV cache, all its layers together."""
+    total = sum(layer.nbytes for side in (cache.keys, cache.values) for layer in side)
+    per_token: int = total // (cache.num_blocks * cache.block_size)
+    return per_token

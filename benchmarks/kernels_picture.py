@@ -39,7 +39,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     machine = result["machine"]
     figure.suptitle(
         f"Single kernels, {result['threads']} threads of {machine['cpu']}: "
-        f"{machine['read_gb_per_s']:.0f} GB/s read, {machine['int8_gop_per_s']:.0f} GOP/s int8",
+        f"{machine['read_gb_per_s']:.0f} GB/s read, "
+        f"{machine['reference_gop_per_s']:.0f} GOP/s {machine['reference']} (reference)",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def _draw_attention(ax: Axes, records: list[dict[str, Any]]) -> None:
     ax.set_yticks(range(len(cases)), cases)
     ax.set_ylim(len(cases) - 0.4, -0.6)
     ax.set_xlim(0, 1.3 * max(each["min_ms"] / each["floor_ms"] for each in records))
-    ax.set_xlabel("time / floor", size=8)
+    ax.set_xlabel("least time / floor of the kernel's own bytes", size=8)
     ax.set_title("Attention of one layer", loc="left", fontsize=9, fontweight="bold")
     ax.legend(frameon=False, fontsize=6)
     _tidy(ax)

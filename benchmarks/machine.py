@@ -1,4 +1,4 @@
-"""What this machine can do at best: the bounds that timings are to be compared with.
+"""What timings are to be compared with: reading memory, and products by well-known kernels.
 
 python benchmarks/machine.py
 """
@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
+
+from stallfree.model.linear import make_linear
 
 READ_BYTES = 1 << 28  # far beyond the caches
 ROWS, INPUTS, OUTPUTS = 512, 896, 4864  # of a layer of the demo model
@@ -29,7 +31,7 @@ def int8_rate() -> float:
     """Operations per second of int8 matrix products, a multiplication and an addition as two.
 
     The best of a few products of 512 rows and weights of 896 x 4864 by PyTorch's FBGEMM kernel,
-    its rounding of the rows included.
+    its rounding of the rows included. A reference: other kernels may be faster on this machine.
     """
     torch.backends.quantized.engine = "fbgemm"
     with warnings.catch_warnings():  # PyTorch plans to move these operators elsewhere
@@ -47,6 +49,15 @@ def int8_rate() -> float:
     return 2 * ROWS * INPUTS * OUTPUTS / seconds
 
 
+def float_rate() -> float:
+    """Operations per second of float32 matrix products: as `int8_rate`, by oneDNN.
+
+    Its weights are reordered; without oneDNN, PyTorch chooses the kernel.
+    """
+    linear, rows = make_linear(torch.rand(OUTPUTS, INPUTS)), torch.rand(ROWS, INPUTS)
+    return 2 * ROWS * INPUTS * OUTPUTS / _best_seconds(lambda: linear(rows))
+
+
 def _best_seconds(call: Callable[[], object]) -> float:
     call()
     seconds = []
@@ -58,4 +69,7 @@ def _best_seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    print(f"{read_bandwidth() / 1e9:.1f} GB/s read, {int8_rate() / 1e9:.0f} GOP/s int8")
+    print(
+        f"{read_bandwidth() / 1e9:.1f} GB/s read, {int8_rate() / 1e9:.0f} GOP/s FBGEMM int8, "
+        f"{float_rate() / 1e9:.0f} GOP/s oneDNN float32"
+    )

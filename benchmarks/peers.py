@@ -105,7 +105,7 @@ def main() -> int:
         machine = {**machine_facts(), "read_gb_per_s": read, "int8_gop_per_s": int8}
         print(
             f"{machine['cores']} cores of {machine['cpu']}: {read:.1f} GB/s read, "
-            f"{int8:.0f} GOP/s int8",
+            f"{int8:.0f} GOP/s FBGEMM int8 (reference)",
             file=sys.stderr,
         )
         chosen = {name: rows[name] for name in options.only or rows}

@@ -21,6 +21,7 @@ from typing import IO
 
 from stallfree.engine.settings import available_cpus
 
+LOAD_AVERAGE = os.getloadavg()  # of 1, 5 and 15 minutes, before anything is measured
 START_TIMEOUT_S = 1200.0
 STOP_TIMEOUT_S = 15.0
 
@@ -90,7 +91,34 @@ def machine_facts() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "stallfree": version("stallfree"),
+        "commit": _commit(),
+        **_int8_facts(),
+        "load_average": LOAD_AVERAGE,
     }
+
+
+def _int8_facts() -> dict[str, object]:
+    """What the int8 kernels use here; who only sends a load needs no torch before."""
+    from stallfree.kernels import processor
+    from stallfree.model.int8 import is_supported, weight_levels
+
+    path = "avx2"
+    if processor.HAS_AVX512:
+        path = "avx512+vnni" if processor.HAS_VNNI else "avx512"
+    return {
+        "int8_path": path if is_supported() else "none",
+        "weight_levels": weight_levels(),
+    }
+
+
+def _commit() -> str:
+    """What is checked out, if this is a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _becomes_healthy(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -75,11 +75,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(["python", *sys.argv]),
-        "machine": {
-            **machine_facts(),
-            "read_gb_per_s": bounds.read / 1e9,
-            "int8_gop_per_s": bounds.int8 / 1e9,
-        },
+        "machine": {**machine_facts(), **bounds.facts},
         "threads": options.threads,
         "rounds": rounds,
         "linears": linears,
@@ -91,7 +87,7 @@ def main() -> int:
     print(f"wrote {options.json} and {options.picture}", file=sys.stderr)
     console = Console(width=TABLE_WIDTH)
     console.print(f"{options.threads} threads of {result['machine']['cpu']}: {bounds}")
-    console.print(linear_table(linears))
+    console.print(linear_table(linears, bounds.reference))
     console.print(attention_table(attention))
     return 0
 
@@ -111,9 +107,12 @@ def _decoder(model: str | None, threads: int) -> Int8Decoder:
     return Int8Decoder(config, weights, max_positions=config.max_context, threads=threads)
 
 
-def linear_table(records: Sequence[dict[str, Any]]) -> Table:
+def linear_table(records: Sequence[dict[str, Any]], reference: str) -> Table:
     """Least times of a linear layer, one line for each number of rows."""
-    caption = "least ms; floor: reading or computing in int8; x: int8 / floor"
+    caption = (
+        "least ms; floor: reading at the bandwidth, or computing at the best rate of\n"
+        f"{reference}, a reference that may be beaten; x: int8 / floor"
+    )
     made = Table(Column("inputs -> outputs", no_wrap=True), caption=caption, box=box.SIMPLE)
     for title in ("rows", "floor", *kernel_linears.NAMES, "x floor"):
         made.add_column(title, justify="right")
@@ -136,8 +135,8 @@ def linear_table(records: Sequence[dict[str, Any]]) -> Table:
 def attention_table(records: Sequence[dict[str, Any]]) -> Table:
     """Least times of attention and what they come to, ours beside PyTorch's."""
     caption = (
-        "one layer, least ms; floor: reading the KV cache or computing in float32;\n"
-        "GB/s of KV and GFLOP/s: ours; x: ours / floor"
+        "one layer, least ms; floor, GB/s of KV and GFLOP/s: ours. The floor is reading the\n"
+        "float16 KV cache, or computing at the float32 rate of oneDNN; x: ours / floor"
     )
     made = Table("tokens at context", caption=caption, box=box.SIMPLE)
     for title in ("floor", *kernel_attention.NAMES, "GB/s", "GFLOP/s", "x floor"):

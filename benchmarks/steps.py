@@ -13,13 +13,18 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from machine import int8_rate, read_bandwidth
+from machine import float_rate, int8_rate, read_bandwidth
 
+from stallfree.core.batch import Batch, Chunk
+from stallfree.core.request import Request
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.model_input import ModelInput, Rows
 
 BLOCK = 16  # tokens
 SCALE_BYTES = 4  # of each output of an int8 matrix
+GREEDY = SamplingParams(temperature=0, max_tokens=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +72,44 @@ def decodes(count: int, context: int) -> Case:
 
 
 class Bounds:
-    """The best that the machine was seen to do.
+    """The best that was seen of reading memory, and of matrix products by a well-known kernel.
+
+    Args:
+        dtype: of the weights; it decides whether the products are of int8 or of float32.
 
     Attributes:
+        reference: the kernel. It is no limit of the machine: others may be faster.
         read: bytes per second from memory.
-        int8: operations per second of int8 matrix products.
+        rate: operations per second of the kernel.
     """
 
-    def __init__(self) -> None:
-        self.read = self.int8 = 0.0
+    def __init__(self, dtype: str = "int8") -> None:
+        is_int8 = dtype == "int8"
+        self.reference = "FBGEMM int8" if is_int8 else "oneDNN float32"
+        self._measure_rate = int8_rate if is_int8 else float_rate
+        self.read = self.rate = 0.0
 
     def measure(self) -> None:
         """Measure once more, and keep what is better than before."""
         self.read = max(self.read, read_bandwidth())
-        self.int8 = max(self.int8, int8_rate())
+        self.rate = max(self.rate, self._measure_rate())
 
     def floor_s(self, num_bytes: float, operations: float) -> float:
-        """Seconds that reading and computing take at least."""
-        return max(num_bytes / self.read, operations / self.int8)
+        """Seconds of reading at the bandwidth or of computing at the reference, the longer."""
+        return max(num_bytes / self.read, operations / self.rate)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For a result, beside those of the machine."""
+        return {
+            "read_gb_per_s": self.read / 1e9,
+            "reference": self.reference,
+            "reference_gop_per_s": self.rate / 1e9,
+        }
 
     def __str__(self) -> str:
-        return f"{self.read / 1e9:.1f} GB/s read, {self.int8 / 1e9:.0f} GOP/s int8"
+        read, rate = self.read / 1e9, self.rate / 1e9
+        return f"{read:.1f} GB/s read, {rate:.0f} GOP/s {self.reference} (reference)"
 
 
 def matrices_of(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -156,8 +178,27 @@ class Costs:
         return outputs * (inputs * self._weight_size + self._scale_size)
 
 
+class _TimedDecoder:
+    """Another decoder, and how long it took since `seconds` was last set to 0."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.seconds = 0.0
+
+    def forward(self, batch: ModelInput, cache: Any) -> torch.Tensor:
+        return self._timed(lambda: self._inner.forward(batch, cache))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._timed(lambda: self._inner.logits(hidden))
+
+    def _timed(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        made: list[torch.Tensor] = []
+        self.seconds += seconds(lambda: made.append(call()))
+        return made[0]
+
+
 class Steps:
-    """A decoder, and a KV cache full of random numbers, that run cases.
+    """An executor, and a KV cache full of random numbers, that run cases.
 
     Args:
         decoder: a `Decoder` or an `Int8Decoder`.
@@ -165,23 +206,40 @@ class Steps:
     """
 
     def __init__(self, decoder: Any, cases: Sequence[Case]) -> None:
-        self._decoder = decoder
+        self._decoder = _TimedDecoder(decoder)
         num_blocks = max(case.num_blocks for case in cases)
-        self._cache = decoder.make_cache(num_blocks, BLOCK)
-        fill(self._cache)
+        cache = decoder.make_cache(num_blocks, BLOCK)
+        fill(cache)
+        self._executor = TorchExecutor(self._decoder, cache)
         vocab_size = decoder.config.vocab_size
-        self._inputs = {case: make_input(case, num_blocks, vocab_size) for case in cases}
+        self._batches = {case: make_batch(case, num_blocks, vocab_size) for case in cases}
 
-    def run(self, case: Case) -> float:
-        """Run the layers, and the output layer for the last row of each request; gives seconds."""
-        batch = self._inputs[case]
-        last = [chunk.first_row + chunk.stop - chunk.start - 1 for chunk in batch.chunks]
+    def run(self, case: Case) -> tuple[float, float]:
+        """Execute the batch, which samples a token for each request.
 
-        def step() -> None:
-            with torch.inference_mode():
-                self._decoder.logits(self._decoder.forward(batch, self._cache)[last])
+        Returns:
+            Seconds, and those of them outside the model, its layers and its output layer.
+        """
+        self._decoder.seconds = 0.0
+        total_s = seconds(lambda: self._executor.execute(self._batches[case]))
+        return total_s, total_s - self._decoder.seconds
 
-        return seconds(step)
+
+def make_batch(case: Case, num_blocks: int, vocab_size: int) -> Batch:
+    """The batch as a scheduler gives it: of greedy requests, with the blocks of `make_input`."""
+    rng = random.Random(1)
+    chunks: list[Chunk] = []
+    for rows in make_input(case, num_blocks, vocab_size).chunks:
+        num_tokens = rows.stop - rows.start
+        is_decode = num_tokens == 1 and rows.start > 0
+        prompt = rng.choices(range(vocab_size), k=rows.stop - is_decode)
+        request = Request(f"step-{len(chunks)}", prompt, GREEDY, max_tokens=2)
+        if is_decode:
+            request.output_token_ids.append(rng.randrange(vocab_size))
+        request.block_table = list(rows.blocks)
+        request.num_computed_tokens = rows.start
+        chunks.append(Chunk(request, rows.start, num_tokens, samples=True, is_decode=is_decode))
+    return Batch(tuple(chunks))
 
 
 def make_input(case: Case, num_blocks: int, vocab_size: int) -> ModelInput:
