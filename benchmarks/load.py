@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from urllib.parse import urlsplit
@@ -70,7 +70,7 @@ class Record:
     """One request as its client saw it; times in seconds from the start of the run.
 
     Attributes:
-        kind: "steady" or "long".
+        kind: "steady" or "long", or what else a load consists of.
         sent_s: when it was sent.
         token_s: when each token arrived.
         prompt_tokens, completion_tokens: as the server counted them.
@@ -108,7 +108,12 @@ def make_prompt(num_words: int, seed: int) -> str:
 
 
 def send(
-    target: Target, prompt: str, max_tokens: int, started: float, kind: str = "steady"
+    target: Target,
+    prompt: str,
+    max_tokens: int,
+    started: float,
+    kind: str = "steady",
+    extra: Mapping[str, object] | None = None,
 ) -> Record:
     """Stream one greedy completion to its end; a failure is noted in the record, not raised.
 
@@ -118,6 +123,7 @@ def send(
         max_tokens: output tokens; the model's end token does not end it.
         started: `time.perf_counter()` at the start of the run.
         kind: for the record.
+        extra: more fields of the body.
     """
     record = Record(kind, sent_s=time.perf_counter() - started)
     url = urlsplit(target.url)
@@ -131,6 +137,7 @@ def send(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **(extra or {}),
     }
     path = url.path.rstrip("/") + "/v1/completions"
     try:

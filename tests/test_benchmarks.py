@@ -83,7 +83,9 @@ class Answerer(BaseHTTPRequestHandler):
     """Streams as many tokens as asked for, then an end without one; refuses one-word prompts."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def answer(self, body: dict[str, Any]) -> None:
         if " " not in body["prompt"]:
             self.send_error(400, "too short")
             return
