@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import StaticBudget
+from stallfree.core.load import Load
 from stallfree.core.policies import POLICIES, Candidate, Policy, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.sampling_params import SamplingParams
@@ -76,14 +77,14 @@ class RestlessBudget:
         self._max_tokens = max_tokens
         self._random = rng
 
-    def tokens(self, running: Sequence[Request]) -> int:
+    def tokens(self, load: Load) -> int:
         self.last = self._random.choice([self._max_tokens, self._random.randint(-5, 40), 0])
         return self.last
 
-    def admissions(self, running: Sequence[Request]) -> int | None:
-        return self._random.choice([None, 0, 1]) if running else None
+    def admissions(self, load: Load) -> int | None:
+        return self._random.choice([None, 0, 1]) if load.decodes or load.prefills else None
 
-    def pace(self, running: Sequence[Request]) -> None:
+    def pace(self, load: Load) -> None:
         pass
 
     def observe(self, batch: Batch, seconds: float) -> None:
@@ -352,9 +353,9 @@ def test_abort_frees_everything_at_any_moment() -> None:
 @pytest.mark.parametrize(
     "propose",
     [
-        lambda view: [Proposal(r, 99) for r in view.running],
-        lambda view: [Proposal(r, 0) for r in view.running],
-        lambda view: [Proposal(r, 1) for r in (*view.running, *view.running)],
+        lambda view: [Proposal(r, 99) for r in view.decodes],
+        lambda view: [Proposal(r, 0) for r in view.decodes],
+        lambda view: [Proposal(r, 1) for r in (*view.decodes, *view.decodes)],
         lambda view: [Proposal(c.request, 17) for c in view.prefills if c.is_waiting],
     ],
 )
@@ -395,7 +396,9 @@ def test_a_policy_changes_nothing() -> None:
     before = [repr(each) for each in (*own.running, *own.waiting)]
     for policy in POLICIES.values():
         state = View(
-            running=tuple(own.running),
+            decodes=list(own.running),
+            flex_decodes=[],
+            under_way=[],
             prefills=[Candidate(next(iter(own.waiting)), 10, 3, is_waiting=True)],
             flex_prefills=[],
             num_running=len(own.running),

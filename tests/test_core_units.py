@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from stallfree.core.blocks import BlockPool, IntegrityError, OutOfBlocksError
 from stallfree.core.budget import StaticBudget
 from stallfree.core.counter_random import mix, uniform
-from stallfree.core.policies import POLICIES, Candidate, RequestView, View
+from stallfree.core.policies import POLICIES, Candidate, View
 from stallfree.core.request import (
     TRANSITIONS,
     FinishReason,
@@ -203,15 +203,16 @@ def view(
     decodes_ran_last: bool = False,
 ) -> View:
     started = [_Prefill(n) for n in prefills]
-    running: tuple[RequestView, ...] = (*(_Decode() for _ in range(decodes)), *started)
     return View(
-        running=running,
+        decodes=[_Decode() for _ in range(decodes)],
+        flex_decodes=[],
+        under_way=started,
         prefills=[
             *(Candidate(each, each.num_remaining_tokens) for each in started),
             *(Candidate(_Prefill(n), n, 1, is_waiting=True) for n in waiting),
         ],
         flex_prefills=[],
-        num_running=len(running),
+        num_running=decodes + len(started),
         free_blocks=free_blocks,
         watermark_blocks=watermark,
         max_num_seqs=max_num_seqs,

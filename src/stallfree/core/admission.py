@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stallfree.core.load import Load
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
 from stallfree.errors import OverloadedError
@@ -74,14 +75,15 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
     until enough of those that run have ended, all at their longest. Free memory is not predicted.
     None if the budget predicts nothing.
     """
-    pace = scheduler.budget.pace(scheduler.running)
+    load = Load(scheduler.running)
+    pace = scheduler.budget.pace(load)
     if pace is None:
         return None
     tokens_per_s, step_s = pace
     num_tokens, num_waiting = scheduler.tokens_ahead(request)
     reading_s = (num_tokens + request.num_tokens) / tokens_per_s + step_s
     places = scheduler.config.max_num_seqs - len(scheduler.running)
-    allowed = scheduler.budget.admissions(scheduler.running)
+    allowed = scheduler.budget.admissions(load)
     if allowed is not None:
         places = min(places, allowed)
     missing = num_waiting + 1 - places

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from stallfree.core.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one request that run in one iteration. A decode is a chunk of one.
 
     Attributes:
@@ -31,23 +31,20 @@ class Chunk:
         return self.start + self.num_tokens
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """The chunks of one iteration, at most one for each request."""
+    """The chunks of one iteration, at most one for each request.
 
-    chunks: tuple[Chunk, ...]
+    Attributes:
+        chunks: in the order in which their rows lie.
+        num_tokens: tokens that run.
+        num_decodes: chunks that continue an answer.
+        sampling: the chunks that end in a sampled token, in order.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that run."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+    __slots__ = ("chunks", "num_decodes", "num_tokens", "sampling")
 
-    @property
-    def num_decodes(self) -> int:
-        """Chunks that continue an answer."""
-        return sum(chunk.is_decode for chunk in self.chunks)
-
-    @property
-    def sampling(self) -> tuple[Chunk, ...]:
-        """The chunks that end in a sampled token, in order."""
-        return tuple(chunk for chunk in self.chunks if chunk.samples)
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self.chunks = tuple(chunks)
+        self.num_tokens = sum([chunk.num_tokens for chunk in self.chunks])
+        self.num_decodes = sum([chunk.is_decode for chunk in self.chunks])
+        self.sampling = tuple([chunk for chunk in self.chunks if chunk.samples])

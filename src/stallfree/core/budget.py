@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from stallfree.core.batch import Batch
-from stallfree.core.request import Request
+from stallfree.core.load import Load
 from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_context
 
 _IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
@@ -27,15 +26,15 @@ class TokenBudget(Protocol):
     @property
     def tile_tokens(self) -> int: ...
 
-    def tokens(self, running: Sequence[Request]) -> int:
+    def tokens(self, load: Load) -> int:
         """Most tokens of the coming iteration; at or below zero, only decodes run, if any do."""
         ...
 
-    def admissions(self, running: Sequence[Request]) -> int | None:
+    def admissions(self, load: Load) -> int | None:
         """How many requests may join those that are admitted; None if it sets no limit."""
         ...
 
-    def pace(self, running: Sequence[Request]) -> tuple[float, float] | None:
+    def pace(self, load: Load) -> tuple[float, float] | None:
         """Tokens of prompts read in a second, and seconds of an iteration; None if not known."""
         ...
 
@@ -57,15 +56,15 @@ class StaticBudget:
         if self.tile_tokens < 1:
             raise ValueError(f"a tile of {self.tile_tokens} tokens; it must be at least 1")
 
-    def tokens(self, running: Sequence[Request]) -> int:  # noqa: ARG002 - the same for every load
+    def tokens(self, load: Load) -> int:  # noqa: ARG002 - the same for every load
         """`max_tokens`, whatever runs."""
         return self.max_tokens
 
-    def admissions(self, running: Sequence[Request]) -> None:  # noqa: ARG002 - as above
+    def admissions(self, load: Load) -> None:  # noqa: ARG002 - as above
         """No limit but memory and places."""
         return
 
-    def pace(self, running: Sequence[Request]) -> None:  # noqa: ARG002 - as above
+    def pace(self, load: Load) -> None:  # noqa: ARG002 - as above
         """Nothing is predicted."""
         return
 
@@ -109,39 +108,48 @@ class SloBudget:
         self.max_tokens = max_tokens
         self.num_squeezed = 0
 
-    def tokens(self, running: Sequence[Request]) -> int:
+    def tokens(self, load: Load) -> int:
         """All decodes, and as much prefill as their target leaves room for."""
-        decodes = [each for each in running if each.is_decode and not each.is_flex]
-        prefills = [each for each in running if not each.is_decode]
-        target_s = self._target_s(decodes) if decodes else max(self.tbt_slo_s, _IDLE_S)
-        start = max((request.num_computed_tokens for request in prefills), default=0)
-        context = sum(request.num_tokens for request in running if request.is_decode)
-        num_sampled = len(running) - len(prefills) + 1
-        num_tokens, seconds = self._most_tokens(len(decodes), start, context, num_sampled, target_s)
-        self.num_squeezed += bool(decodes and prefills and seconds > target_s)
+        target_s = self._target_s(load) if load.decodes else max(self.tbt_slo_s, _IDLE_S)
+        start = max((request.num_computed_tokens for request in load.prefills), default=0)
+        num_tokens, seconds = self._most_tokens(
+            len(load.decodes),
+            start,
+            load.context + load.flex_context,
+            len(load.decodes) + len(load.flex_decodes) + 1,
+            target_s,
+        )
+        self.num_squeezed += bool(load.decodes and load.prefills and seconds > target_s)
         return num_tokens
 
-    def admissions(self, running: Sequence[Request]) -> int:
+    def admissions(self, load: Load) -> int:
         """As many as are within the target once all decode; one at least if nothing runs."""
-        protected = [request for request in running if not request.is_flex]
-        context = sum(request.num_tokens for request in protected)
-        target_s = self._target_s(protected)
-        count = 0
-        while count < _MOST_ADMISSIONS:
-            rows = len(protected) + count + 1
-            shape = BatchShape(rows, decode_context=context, num_sampled=rows)
-            if self.predictor.seconds(shape) > target_s:
-                break
-            count += 1
-        return count if protected else max(1, count)
+        rows, context = self._rows_and_context(load)
+        target_s = self._target_s(load)
 
-    def pace(self, running: Sequence[Request]) -> tuple[float, float]:
-        """As it would be with all of `running` at their decodes."""
-        rows = [request for request in running if not request.is_flex]
-        context = sum(request.num_tokens for request in rows)
-        target_s = self._target_s(rows) if rows else max(self.tbt_slo_s, _IDLE_S)
-        num_tokens, seconds = self._most_tokens(len(rows), 0, context, len(rows) + 1, target_s)
-        return (num_tokens - len(rows)) / seconds, seconds
+        def fits(count: int) -> bool:
+            every = rows + count
+            shape = BatchShape(every, decode_context=context, num_sampled=every)
+            return self.predictor.seconds(shape) <= target_s
+
+        low, high = 0, _MOST_ADMISSIONS
+        while low < high:  # the most that fit
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low if rows else max(1, low)
+
+    def pace(self, load: Load) -> tuple[float, float]:
+        """As it would be with all that run at their decodes."""
+        rows, context = self._rows_and_context(load)
+        target_s = self._target_s(load) if rows else max(self.tbt_slo_s, _IDLE_S)
+        num_tokens, seconds = self._most_tokens(rows, 0, context, rows + 1, target_s)
+        return (num_tokens - rows) / seconds, seconds
+
+    def _rows_and_context(self, load: Load) -> tuple[int, int]:
+        """Decodes and their context once all prompts that are under way have been read."""
+        prefills = [request for request in load.prefills if not request.is_flex]
+        context = load.context + sum(request.num_tokens for request in prefills)
+        return len(load.decodes) + len(prefills), context
 
     def _most_tokens(
         self, num_decodes: int, start: int, context: int, num_sampled: int, target_s: float
@@ -172,12 +180,9 @@ class SloBudget:
             low, high = (middle, high) if seconds(middle) <= target_s else (low, middle - 1)
         return low * self.tile_tokens, seconds(low)
 
-    def _target_s(self, requests: Sequence[Request]) -> float:
-        """The tightest target of some requests."""
-        own = [each.targets.tbt_s for each in requests]
-        return min(
-            (self.tbt_slo_s if tbt_s is None else tbt_s for tbt_s in own), default=self.tbt_slo_s
-        )
+    def _target_s(self, load: Load) -> float:
+        """The tightest target of the decodes."""
+        return self.tbt_slo_s if load.tbt_s is None else min(load.tbt_s, self.tbt_slo_s)
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Follow the machine."""

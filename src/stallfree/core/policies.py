@@ -7,7 +7,7 @@ the proposal, allocates and emits the batch; so a policy says only who runs and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,8 +17,6 @@ class RequestView(Protocol):
 
     @property
     def num_remaining_tokens(self) -> int: ...
-    @property
-    def is_decode(self) -> bool: ...
     @property
     def is_flex(self) -> bool: ...
 
@@ -44,10 +42,12 @@ class View:
     """The state that a policy decides on.
 
     Attributes:
-        running: admitted requests that are not in flight, by tier and arrival. Each already
-            holds the block of its next token.
-        prefills: those of them that are prefills and requests that may be admitted, in the order
-            in which they are to be read, lazily.
+        decodes: admitted requests that are not in flight and continue an answer, by tier and
+            arrival. Each already holds the block of its next token.
+        flex_decodes: those that take only what the others leave.
+        under_way: admitted requests that are not in flight and read a prompt.
+        prefills: those, and requests that may be admitted, in the order in which they are to be
+            read, lazily.
         flex_prefills: the same of requests that take only what the others leave.
         num_running: all admitted requests, those in flight too.
         free_blocks: blocks left for admissions.
@@ -59,7 +59,9 @@ class View:
         decodes_ran_last: whether the last iteration held a decode.
     """
 
-    running: tuple[RequestView, ...]
+    decodes: Sequence[RequestView]
+    flex_decodes: Sequence[RequestView]
+    under_way: Sequence[RequestView]
     prefills: Iterable[Candidate]
     flex_prefills: Iterable[Candidate]
     num_running: int
@@ -84,17 +86,17 @@ class Plan:
         self._num_admitted = 0
         self._has_chunk = False
 
-    def run(self, request: RequestView, num_tokens: int) -> None:
-        """Run tokens of a request that is admitted."""
+    def run_chunk(self, request: RequestView, num_tokens: int) -> None:
+        """Run tokens of a prompt."""
         if num_tokens > 0:
             self.proposals.append(Proposal(request, num_tokens))
             self._num_tokens += num_tokens
-            self._has_chunk |= not request.is_decode
+            self._has_chunk = True
 
-    def run_all(self, requests: Iterable[RequestView]) -> None:
-        """Run all that is left of each request."""
-        for request in requests:
-            self.run(request, request.num_remaining_tokens)
+    def run_decodes(self, requests: Sequence[RequestView]) -> None:
+        """Run the token of each of them."""
+        self.proposals += [Proposal(request, 1) for request in requests]
+        self._num_tokens += len(requests)
 
     def run_prefills(self, prefills: Iterable[Candidate]) -> None:
         """Continue prefills, and admit new ones while memory and places allow.
@@ -109,23 +111,20 @@ class Plan:
                 return
             if candidate.is_waiting and not self._admits(candidate):
                 break
-            self.run(candidate.request, num_tokens)
+            self.run_chunk(candidate.request, num_tokens)
             done.add(id(candidate.request))
         else:
             return
-        for request in self._view.running:
-            is_same_kind = request.is_flex == candidate.request.is_flex and not request.is_decode
-            if is_same_kind and id(request) not in done:
-                self.run(request, self.chunk(request.num_remaining_tokens))
+        for request in self._view.under_way:
+            if request.is_flex == candidate.request.is_flex and id(request) not in done:
+                self.run_chunk(request, self.chunk(request.num_remaining_tokens))
 
     def run_flex_decodes(self) -> None:
         """Decodes that take what the others leave, as far as the token limit goes."""
-        limit = self._view.token_limit
-        for request in self._view.running:
-            if request.is_decode and request.is_flex:
-                if limit is not None and self._num_tokens >= limit:
-                    return
-                self.run(request, request.num_remaining_tokens)
+        decodes, limit = self._view.flex_decodes, self._view.token_limit
+        if limit is not None:
+            decodes = decodes[: max(0, limit - self._num_tokens)]
+        self.run_decodes(decodes)
 
     def chunk(self, remaining: int) -> int:
         """How many of a prefill's remaining tokens fit; cut to a tile unless all of them do."""
@@ -163,7 +162,7 @@ def stall_free(view: View) -> list[Proposal]:
     `hybrid_only`, and the batching of `orca`: whole prompts beside decodes.
     """
     plan = Plan(view)
-    plan.run_all(each for each in view.running if each.is_decode and not each.is_flex)
+    plan.run_decodes(view.decodes)
     plan.run_prefills(view.prefills)
     plan.run_flex_decodes()
     plan.run_prefills(view.flex_prefills)
@@ -176,14 +175,14 @@ def prefill_first(view: View) -> list[Proposal]:
     plan.run_prefills(view.prefills)
     plan.run_prefills(view.flex_prefills)
     if not plan.proposals:
-        plan.run_all(view.running)
+        plan.run_decodes([*view.decodes, *view.flex_decodes])
     return plan.proposals
 
 
 def request_level(view: View) -> list[Proposal]:
     """Admit only when nothing runs, then decode until all have ended: FasterTransformer."""
     plan = Plan(view)
-    plan.run_all(view.running)
+    plan.run_decodes([*view.decodes, *view.flex_decodes])
     if view.num_running == 0:
         plan.run_prefills(view.prefills)
         plan.run_prefills(view.flex_prefills)
@@ -192,13 +191,13 @@ def request_level(view: View) -> list[Proposal]:
 
 def alternating(view: View) -> list[Proposal]:
     """Chunks without decodes and decodes, in turn: the ablation with chunked prefills only."""
-    decodes = [request for request in view.running if request.is_decode]
+    decodes = [*view.decodes, *view.flex_decodes]
     plan = Plan(view)
     if not (decodes and not view.decodes_ran_last):
         plan.run_prefills(view.prefills)
         plan.run_prefills(view.flex_prefills)
     if not plan.proposals:
-        plan.run_all(decodes)
+        plan.run_decodes(decodes)
     return plan.proposals
 
 

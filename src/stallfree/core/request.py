@@ -56,6 +56,10 @@ class Request:
         seed: the seed of this request's own random numbers.
         group: requests of one group have the same prompt and may share its KV blocks.
         targets: what it is promised, and whom it goes before.
+
+    Attributes:
+        num_prompt_tokens: tokens of the prompt.
+        is_flex: whether it takes only what the others leave.
     """
 
     __slots__ = (
@@ -67,9 +71,11 @@ class Request:
         "first_scheduled_at",
         "group",
         "in_flight",
+        "is_flex",
         "max_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "num_prompt_tokens",
         "output_token_ids",
         "params",
         "pending_finish",
@@ -95,6 +101,7 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = tuple(prompt_token_ids)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
         self.params = params
         self.max_tokens = max_tokens
         self.end_token_ids = end_token_ids
@@ -102,6 +109,7 @@ class Request:
         self.seed = seed
         self.group = group
         self.targets = targets
+        self.is_flex = targets.yields
         self.arrival = (arrived_at, sys.maxsize)  # the scheduler breaks ties by order of arrival
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
@@ -114,11 +122,6 @@ class Request:
         self.first_scheduled_at: float | None = None
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
         """Tokens of output so far."""
         return len(self.output_token_ids)
@@ -126,12 +129,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output so far."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def num_remaining_tokens(self) -> int:
         """Tokens whose KV is still to be computed; at least one while the request lives."""
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
 
     @property
     def max_kv_tokens(self) -> int:
@@ -141,12 +144,10 @@ class Request:
     @property
     def is_decode(self) -> bool:
         """Whether all but the newest output token is computed."""
-        return bool(self.output_token_ids) and self.num_remaining_tokens == 1
-
-    @property
-    def is_flex(self) -> bool:
-        """Whether it takes only what the others leave."""
-        return self.targets.yields
+        num_output = len(self.output_token_ids)
+        return (
+            num_output > 0 and self.num_prompt_tokens + num_output - self.num_computed_tokens == 1
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -177,12 +178,13 @@ class Request:
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the request ends with `token_id` as its newest output token, or None."""
-        if self.num_output_tokens >= max(self.params.min_tokens, 1):
-            if not self.params.ignore_eos and token_id in self.end_token_ids:
+        num_output, params = len(self.output_token_ids), self.params
+        if num_output >= max(params.min_tokens, 1):
+            if not params.ignore_eos and token_id in self.end_token_ids:
                 return FinishReason.STOP
-            if token_id in self.params.stop_token_ids:
+            if token_id in params.stop_token_ids:
                 return FinishReason.STOP
-        if self.num_output_tokens >= self.max_tokens:
+        if num_output >= self.max_tokens:
             return FinishReason.LENGTH
         return None
 

@@ -14,6 +14,7 @@ from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool, IntegrityError
 from stallfree.core.budget import TokenBudget
 from stallfree.core.fairness import TokenCounters
+from stallfree.core.load import Load
 from stallfree.core.policies import POLICIES, Candidate, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.waiting import PREFILL_ORDERS, WaitingQueue
@@ -142,13 +143,18 @@ class Scheduler:
         may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
         if may_admit:
             ready = self._displace_flex(ready)
-        limit = self._token_limit(ready) if self.policy.keeps_budget else None
-        admissions = self.budget.admissions(self.running) if self.policy.keeps_budget else None
-        prefills = [request for request in ready if not request.is_decode]
+        load = Load(ready)
+        limit = admissions = None
+        if self.policy.keeps_budget:
+            limit = self._token_limit(load)
+            is_all = len(ready) == len(self.running)
+            admissions = self.budget.admissions(load if is_all else Load(self.running))
         view = View(
-            running=tuple(ready),
-            prefills=self._candidates(prefills, may_admit, is_flex=False),
-            flex_prefills=self._candidates(prefills, may_admit, is_flex=True),
+            decodes=load.decodes,
+            flex_decodes=load.flex_decodes,
+            under_way=load.prefills,
+            prefills=self._candidates(load.prefills, may_admit, is_flex=False),
+            flex_prefills=self._candidates(load.prefills, may_admit, is_flex=True),
             num_running=len(self.running),
             free_blocks=self.pool.num_free,
             watermark_blocks=self._watermark_blocks,
@@ -167,14 +173,12 @@ class Scheduler:
         self._decodes_ran_last = batch.num_decodes > 0
         return batch
 
-    def _token_limit(self, ready: Sequence[Request]) -> int:
+    def _token_limit(self, load: Load) -> int:
         """The budget, clamped at zero; a tile at least if there is no answer to hold up."""
-        limit = max(0, self.budget.tokens(ready))
-        is_idle = not any(
-            (request.is_decode and not request.is_flex) or request.in_flight
-            for request in self.running
-        )
-        return self.budget.tile_tokens if limit == 0 and is_idle else limit
+        limit = max(0, self.budget.tokens(load))
+        if limit or load.decodes or any(request.in_flight for request in self.running):
+            return limit
+        return self.budget.tile_tokens
 
     def tokens_ahead(self, request: Request) -> tuple[int, int]:
         """Tokens of prompts that would be read before a new request, and how many of them wait."""
@@ -246,15 +250,18 @@ class Scheduler:
         Returns those that are ready to run, by tier and arrival.
         """
         ready = []
+        block_size = self.pool.block_size
         for request in list(self.running):
             if request.in_flight or request.state is not RequestState.RUNNING:
+                continue
+            if request.num_tokens <= len(request.block_table) * block_size:
+                ready.append(request)
                 continue
             missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
             while missing > self.pool.num_free and request.state is RequestState.RUNNING:
                 self._preempt(next(r for r in reversed(self.running) if not r.in_flight))
             if request.state is RequestState.RUNNING:
-                if missing > 0:
-                    request.block_table += self.pool.allocate(missing)
+                request.block_table += self.pool.allocate(missing)
                 ready.append(request)
         return ready
 
@@ -334,13 +341,13 @@ class Scheduler:
             request = view
             if not isinstance(request, Request) or request.is_finished or request.in_flight:
                 raise PolicyError(f"{request} cannot be scheduled")
-            start = request.num_computed_tokens
+            start, size = request.num_computed_tokens, request.num_tokens
             if request.state is RequestState.WAITING:
                 start = len(self._sharable_blocks(request)) * self.pool.block_size
-            if not 1 <= num_tokens <= request.num_tokens - start:
+            if not 1 <= num_tokens <= size - start:
                 raise PolicyError(f"{num_tokens} tokens proposed of {request}")
-            samples = start + num_tokens == request.num_tokens
-            is_decode = request.num_output_tokens > 0 and start == request.num_tokens - 1
+            samples = start + num_tokens == size
+            is_decode = start == size - 1 and size > request.num_prompt_tokens
             chunks.append(Chunk(request, start, num_tokens, samples, is_decode))
         if len({id(chunk.request) for chunk in chunks}) < len(chunks):
             raise PolicyError("a request was proposed twice")

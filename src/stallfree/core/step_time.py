@@ -19,7 +19,8 @@ from stallfree.core.batch import Batch
 TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SWEEPS = 3000
 _SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
-_SCATTER_STEPS = 400
+_SCATTER_STEPS = 200
+_FIRST_STEPS = 20  # that the profile's scatter counts for
 _LEARNED = 0.05  # of an error, in one iteration
 _LARGEST_ERROR = 0.2  # that is learned from: more is taken for that much
 _MOST_LEARNED = 0.5  # of a cost, either way
@@ -45,10 +46,11 @@ class BatchShape:
     def of(cls, batch: Batch) -> BatchShape:
         """The shape of a batch."""
         prefills = [chunk for chunk in batch.chunks if not chunk.is_decode]
+        decodes = [chunk.start for chunk in batch.chunks if chunk.is_decode]
         return cls(
             num_tokens=batch.num_tokens,
             prefill_context=sum(chunk_context(c.start, c.num_tokens) for c in prefills),
-            decode_context=sum(chunk.stop for chunk in batch.chunks if chunk.is_decode),
+            decode_context=sum(decodes) + len(decodes),
             num_sampled=len(batch.sampling),
         )
 
@@ -203,15 +205,25 @@ class StepTimePredictor:
     not move it, a lasting change does within five. The scatter is each iteration against the
     median of those around it, so a change of speed is not taken for scatter.
     What an iteration took beyond the speed moves the costs of what it held, each by its share.
+
+    Args:
+        model: what was measured.
+        relevant_s: predicted seconds from which on an iteration's scatter counts. A hitch of some
+            milliseconds is a large part of a short iteration, but not of those that matter.
     """
 
-    def __init__(self, model: StepTimeModel) -> None:
+    def __init__(self, model: StepTimeModel, relevant_s: float = 0.0) -> None:
         self.model = model
         self._limits = [
             (cost * (1 - _MOST_LEARNED), cost * (1 + _MOST_LEARNED)) for cost in model.costs
         ]
-        self._recent: deque[float] = deque(maxlen=_SPEED_STEPS)
-        self._scatter: deque[float] = deque(model.scatter, maxlen=_SCATTER_STEPS)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_SPEED_STEPS)
+        self._relevant_s = relevant_s
+        first = sorted(model.scatter)
+        thinned = (
+            [first[len(first) * i // _FIRST_STEPS] for i in range(_FIRST_STEPS)] if first else []
+        )
+        self._scatter: deque[float] = deque(thinned, maxlen=_SCATTER_STEPS)
         self._sorted: list[float] = sorted(self._scatter)
         self.speed = 1.0
 
@@ -231,12 +243,14 @@ class StepTimePredictor:
         expected = self.model.seconds(shape)
         if expected <= 0.0 or seconds <= 0.0:
             return
-        self._recent.append(seconds / expected)
-        self.speed = median(self._recent)
+        self._recent.append((expected, seconds / expected))
+        self.speed = median(ratio for _, ratio in self._recent)
         self._learn(shape, seconds / (self.speed * expected) - 1, expected)
         if len(self._recent) == _SPEED_STEPS:
-            self._scatter.append(self._recent[_SPEED_STEPS // 2] / self.speed)
-            self._sorted = sorted(self._scatter)
+            expected, ratio = self._recent[_SPEED_STEPS // 2]
+            if expected * self.speed >= self._relevant_s:
+                self._scatter.append(ratio / self.speed)
+                self._sorted = sorted(self._scatter)
 
     def _learn(self, shape: BatchShape, error: float, expected: float) -> None:
         """Move costs against a relative error: those with the largest share of the time most."""

@@ -96,19 +96,20 @@ class WaitingQueue:
 
         Lazily; the queue must not change meanwhile.
         """
-        streams: dict[int, dict[str, list[Iterable[Entry]]]] = {}
-        for (rank, user), queue in self._queues.items():
-            if with_waiting and (rank == RANKS["flex"]) == is_flex:
-                streams.setdefault(rank, {})[user] = [queue]
         started: dict[tuple[int, str], list[Entry]] = {}
         for request in under_way:
             started.setdefault(self._queue_of(request), []).append(self._entry(request))
-        for (rank, user), entries in started.items():
-            streams.setdefault(rank, {}).setdefault(user, []).append(sorted(entries))
-        for rank in sorted(streams):
-            users: dict[str, Iterator[Entry]] = {
-                user: heapq.merge(*queues) for user, queues in streams[rank].items()
-            }
+        for rank in RANKS.values():
+            if (rank == RANKS["flex"]) != is_flex:
+                continue
+            users: dict[str, Iterator[Entry]] = {}
+            if with_waiting:
+                users = {
+                    user: iter(queue) for (of, user), queue in self._queues.items() if of == rank
+                }
+            for (of, user), entries in started.items():
+                if of == rank:
+                    users[user] = heapq.merge(sorted(entries), users.get(user, ()))
             yield from self._taking_turns(users)
 
     def _taking_turns(self, users: dict[str, Iterator[Entry]]) -> Iterator[Request]:
