@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stallfree.core.step_time import BatchShape, StepTimeModel
 TARGETS_MS = (50, 100, 200, 500, 1000)
 CURVE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256)
-_NUM_HELD_OUT, _HELD_OUT_ROUNDS, _HELD_OUT_SEED = 40, 2, 1
+_NUM_HELD_OUT, _HELD_OUT_ROUNDS, _HELD_OUT_SEED = 40, 1, 1
 _QUANTILE = 0.95
 _BESIDE, _CONTEXT = 8, 500  # answers beside a prompt, and their context, in the table of budgets
 
@@ -163,12 +163,12 @@ def _check(times: StepTimeModel, checked: Sequence[tuple[BatchShape, float]]) ->
 
     if not checked:
         return "The KV cache is too small for the batches that would check the model."
-    predictor = StepTimePredictor(times)
+    predictor = StepTimePredictor(times, _QUANTILE)
     errors, num_within = [], 0
     for shape, seconds in checked:
         expected = predictor.seconds(shape)
         errors.append(abs(expected / seconds - 1))
-        num_within += seconds <= expected * predictor.margin(_QUANTILE)
+        num_within += seconds <= expected * predictor.margin
         predictor.observe(shape, seconds)
     return (
         f"{len(errors)} hybrid batches drawn at random, each predicted while serving the others: "

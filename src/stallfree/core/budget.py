@@ -11,7 +11,6 @@ from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_contex
 
 _IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
 _MOST_ADMISSIONS = 32  # in one iteration
-_QUANTILE = 0.99  # of iterations that shall meet the target
 
 
 class TokenBudget(Protocol):
@@ -165,7 +164,7 @@ class SloBudget:
             num_sampled: rows that a token is sampled from.
             target_s: in seconds.
         """
-        margin = self.predictor.margin(_QUANTILE)
+        margin = self.predictor.margin
 
         def seconds(tiles: int) -> float:
             chunk = tiles * self.tile_tokens - num_decodes

@@ -20,7 +20,10 @@ TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SWEEPS = 3000
 _SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
 _SCATTER_STEPS = 200
-_FIRST_STEPS = 20  # that the profile's scatter counts for
+_ENOUGH_STEPS = 30  # to forget the scatter of the profile
+_SCATTER_QUANTILE = 0.95  # at most: a few iterations have no say in it
+_CORRECTED = 0.02  # of the margin, by a miss
+_LEAST_CORRECTION, _MOST_CORRECTION = -0.05, 0.5
 _LEARNED = 0.05  # of an error, in one iteration
 _LARGEST_ERROR = 0.2  # that is learned from: more is taken for that much
 _MOST_LEARNED = 0.5  # of a cost, either way
@@ -202,47 +205,60 @@ class StepTimePredictor:
     """A model that follows the machine it runs on.
 
     The speed is the median of the last few iterations, time over model: one slow iteration does
-    not move it, a lasting change does within five. The scatter is each iteration against the
-    median of those around it, so a change of speed is not taken for scatter.
-    What an iteration took beyond the speed moves the costs of what it held, each by its share.
+    not move it, a lasting change does within five. What an iteration took beyond the speed moves
+    the costs of what it held, each by its share.
+
+    The margin begins as a quantile of the scatter, which is each iteration against the median of
+    those around it, so that a change of speed is not taken for scatter; not as the highest, which
+    a single iteration would set. It is corrected by its own success: a miss widens it, hits narrow
+    it, so that in the long run the share of hits is the quantile that was asked for (adaptive
+    conformal inference, arXiv 2106.00170).
 
     Args:
         model: what was measured.
+        quantile: share of iterations that shall take no longer than predicted, times the margin.
         relevant_s: predicted seconds from which on an iteration's scatter counts. A hitch of some
             milliseconds is a large part of a short iteration, but not of those that matter.
     """
 
-    def __init__(self, model: StepTimeModel, relevant_s: float = 0.0) -> None:
+    def __init__(
+        self, model: StepTimeModel, quantile: float = 0.995, relevant_s: float = 0.0
+    ) -> None:
         self.model = model
+        self.quantile = quantile
         self._limits = [
             (cost * (1 - _MOST_LEARNED), cost * (1 + _MOST_LEARNED)) for cost in model.costs
         ]
         self._recent: deque[tuple[float, float]] = deque(maxlen=_SPEED_STEPS)
         self._relevant_s = relevant_s
-        first = sorted(model.scatter)
-        thinned = (
-            [first[len(first) * i // _FIRST_STEPS] for i in range(_FIRST_STEPS)] if first else []
-        )
-        self._scatter: deque[float] = deque(thinned, maxlen=_SCATTER_STEPS)
-        self._sorted: list[float] = sorted(self._scatter)
+        self._scatter: deque[float] = deque(maxlen=_SCATTER_STEPS)
+        self._sorted = sorted(model.scatter)  # until there are enough of its own
+        self._correction = 0.0
         self.speed = 1.0
 
     def seconds(self, shape: BatchShape) -> float:
         """Predicted seconds: as likely too low as too high."""
         return self.speed * self.model.seconds(shape)
 
-    def margin(self, quantile: float) -> float:
+    @property
+    def margin(self) -> float:
         """What `seconds` is multiplied by so that a share `quantile` of iterations is faster."""
-        if not self._sorted:
-            return 1.0
-        index = min(len(self._sorted) - 1, int(quantile * len(self._sorted)))
-        return max(1.0, self._sorted[index])
+        scatter = 1.0
+        if self._sorted:
+            last = len(self._sorted) - 1
+            share = min(self.quantile, _SCATTER_QUANTILE)
+            scatter = self._sorted[min(last, int(share * len(self._sorted)))]
+        return max(1.0, scatter + self._correction)
 
     def observe(self, shape: BatchShape, seconds: float) -> None:
         """Learn from an iteration that took `seconds`."""
         expected = self.model.seconds(shape)
         if expected <= 0.0 or seconds <= 0.0:
             return
+        if len(self._recent) == _SPEED_STEPS and expected * self.speed >= self._relevant_s:
+            is_miss = seconds > self.speed * expected * self.margin
+            moved = self._correction + _CORRECTED * (is_miss - (1 - self.quantile))
+            self._correction = max(_LEAST_CORRECTION, min(_MOST_CORRECTION, moved))
         self._recent.append((expected, seconds / expected))
         self.speed = median(ratio for _, ratio in self._recent)
         self._learn(shape, seconds / (self.speed * expected) - 1, expected)
@@ -250,7 +266,8 @@ class StepTimePredictor:
             expected, ratio = self._recent[_SPEED_STEPS // 2]
             if expected * self.speed >= self._relevant_s:
                 self._scatter.append(ratio / self.speed)
-                self._sorted = sorted(self._scatter)
+                if len(self._scatter) >= _ENOUGH_STEPS:
+                    self._sorted = sorted(self._scatter)
 
     def _learn(self, shape: BatchShape, error: float, expected: float) -> None:
         """Move costs against a relative error: those with the largest share of the time most."""

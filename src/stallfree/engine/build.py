@@ -132,7 +132,7 @@ def _budget(
             )
     return SloBudget(
         facts.tbt_slo_s,
-        StepTimePredictor(profile.times, relevant_s=facts.tbt_slo_s / 2),
+        StepTimePredictor(profile.times, relevant_s=facts.tbt_slo_s / 4),
         tile_tokens=max(facts.tile_tokens, profile.tile_tokens),
     )
 
