@@ -14,7 +14,7 @@ import torch
 from machine import float_rate
 from steps import BLOCK, Bounds, Case, Costs, decodes, fill, make_input, seconds
 
-from stallfree.kernels import layers
+from stallfree.kernels import layers, shapes
 from stallfree.kernels.int8_matmul import PANEL
 from stallfree.kernels.jit import compiled, entry
 from stallfree.kernels.openmp import parallel
@@ -37,7 +37,7 @@ BURST = 8  # layers, one after the other; the time of one is the mean
 
 @compiled
 def _attend(thread, threads, first, stop, stride, job):  # type: ignore[no-untyped-def]
-    team, rows = layers.Team(thread, threads), job.work.token_ids.size
+    team, rows = shapes.Team(thread, threads), job.work.token_ids.size
     base = 0
     for number in range(first, stop):
         layer = number % job.cache.keys.shape[0]
@@ -98,7 +98,7 @@ class _Run:
         decoder._reserve(self._case.rows, self._num_parts)
         queries = self._queries.reshape(-1).numpy()
         decoder._scratch.queries[: len(queries)] = queries * decoder._shape.query_scale
-        job = layers.Job(decoder._shape, self._cache.arrays(), self._work, decoder._scratch)
+        job = shapes.Job(decoder._shape, self._cache.arrays(), self._work, decoder._scratch)
         stride = decoder._layers.output.weights.shape[2] // PANEL
         self._next += BURST
         first, stop, num_layers = self._next - BURST, self._next, decoder.config.num_layers

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from steps import SCALE_BYTES, Bounds, seconds
 
-from stallfree.kernels import layers
+from stallfree.kernels import layers, shapes
 from stallfree.kernels.int8_matmul import PANEL, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, entry
@@ -37,7 +37,7 @@ Multiply = Callable[[torch.Tensor, range], object]
 
 @compiled
 def _multiply(thread, threads, product, first, stop, rows, x, out, scratch):  # type: ignore[no-untyped-def]
-    team = layers.Team(thread, threads)
+    team = shapes.Team(thread, threads)
     width, outputs = product.weights.shape[2] // PANEL, product.scales.shape[1]
     base = 0
     for number in range(first, stop):
@@ -116,7 +116,7 @@ def _int8(
     """Ours and FBGEMM's."""
     outputs, inputs = shape
     panels, width = padded(outputs, PANEL) // PANEL, padded(inputs, LANES)
-    product = layers.Product(
+    product = shapes.Product(
         weights=_random_int8(count, panels, width * PANEL).numpy(),
         scales=torch.rand(count, panels * PANEL).numpy(),
         column_sums=torch.zeros(count, panels * PANEL, dtype=torch.int32).numpy(),

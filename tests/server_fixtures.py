@@ -22,6 +22,13 @@ from stallfree.server.app import create_app
 from stallfree.server.lifecycle import ApiServer, bind
 
 MODEL = "tiny"
+IDLE_HEALTH = {
+    "status": "ok",
+    "running": 0,
+    "waiting": 0,
+    "squeezed_iterations": 0,
+    "squeezed_s": 0.0,
+}
 START_TIMEOUT_S = 20.0
 TIMEOUT_S = 30.0
 

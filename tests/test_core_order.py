@@ -18,7 +18,7 @@ from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.step_time import StepTimePredictor
 from stallfree.core.targets import Targets
 from stallfree.core.waiting import WaitingQueue
-from stallfree.errors import OverloadedError
+from stallfree.errors import InvalidRequestError, OverloadedError
 
 SLO_S = 0.2
 
@@ -32,9 +32,7 @@ class OrderedDevice(Device):
         self.requests: list[Request] = []
 
     def step(self) -> None:
-        batch = self.scheduler.schedule(self.now)
-        assert batch is not None
-        self.run_batch(batch)
+        super().step()
         for request in self.requests:
             if request.output_token_ids:
                 self.first_token_at.setdefault(request.request_id, self.now)
@@ -115,7 +113,9 @@ def test_tiers_go_first_whatever_the_order() -> None:
             make_request("priority", 9000, at=2.0, targets=Targets("priority")),
         )
         assert names(queue) == ["priority", "default", "flex"]
-        assert queue.num_tokens == 9020
+        assert [queue.num_tokens(rank) for rank in range(3)] == [9000, 9010, 9020]
+        assert [queue.num_requests(rank) for rank in range(3)] == [1, 2, 3]
+        assert queue.has_flex
 
 
 def test_a_request_that_leaves_is_forgotten() -> None:
@@ -124,7 +124,7 @@ def test_a_request_that_leaves_is_forgotten() -> None:
     queue.remove(requests[2])
     assert names(queue) == ["0", "1", "3", "4"]
     assert len(queue) == 4
-    assert queue.num_tokens == 10 + 11 + 13 + 14
+    assert queue.num_tokens(1) == 10 + 11 + 13 + 14
     with pytest.raises(KeyError):
         queue.remove(requests[2])
 
@@ -154,13 +154,13 @@ def test_flex_pauses_while_prompts_of_others_are_read() -> None:
     assert flex.num_output_tokens == before
     while not long.output_token_ids:
         device.step()
-    assert flex.num_output_tokens <= before + 1  # in what the last chunk left
+    assert flex.num_output_tokens == before
     device.run()
     assert flex.num_output_tokens == 60
 
 
 def test_flex_makes_room_for_others() -> None:
-    for limits in ({"places": 4}, {"blocks": 40}):
+    for limits in ({"places": 4}, {"blocks": 45}):
         device = make_device(**limits)  # type: ignore[arg-type]
         flex = [device.put(f"flex{i}", 100, 50, Targets("flex")) for i in range(4)]
         for _ in range(8):
@@ -247,16 +247,35 @@ def test_a_user_who_comes_back_has_saved_nothing_up() -> None:
 
 
 def test_queue_limits_refuse() -> None:
-    scheduler = Scheduler(SchedulerConfig(), BlockPool(100, 16), StaticBudget(16))
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=1), BlockPool(100, 16), StaticBudget(16))
+    scheduler.add(make_request("runs"))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.complete(batch, [1] * len(batch.sampling))
     admission = Admission(max_queued_requests=2, max_queued_tokens=250)
-    assert admission.check(make_request("huge", 900), scheduler) is None  # nothing waits yet
+    assert admission.check(make_request("huge", 900), 1, scheduler) is None  # nothing waits yet
     scheduler.add(make_request("a"))
     with pytest.raises(OverloadedError, match=r"has 200 tokens, 100 wait, .* no more than 250"):
-        admission.check(make_request("b", 200), scheduler)
+        admission.check(make_request("b", 200), 1, scheduler)
     scheduler.add(make_request("b"))
     with pytest.raises(OverloadedError, match="2 requests wait, and no more than 2") as refused:
-        admission.check(make_request("c"), scheduler)
+        admission.check(make_request("c", 10), 1, scheduler)
     assert refused.value.retry_after_s == 5
+    with pytest.raises(OverloadedError, match="2 requests wait"):
+        admission.check(make_request("twice", 10), 2, scheduler)
+    urgent = make_request("urgent", targets=Targets("priority"))
+    assert admission.check(urgent, 8, scheduler) is None  # nobody waits before it
+
+
+def test_those_who_need_not_wait_are_not_refused() -> None:
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=20), BlockPool(400, 16), StaticBudget(16))
+    admission = Admission(max_queued_requests=2)
+    for number in range(22):
+        request = make_request(str(number), 10)
+        admission.check(request, 1, scheduler)
+        scheduler.add(request)
+    with pytest.raises(OverloadedError, match="22 requests wait"):
+        admission.check(make_request("more", 10), 1, scheduler)
 
 
 def test_a_first_token_that_would_come_too_late_is_refused_with_the_time_to_come_back() -> None:
@@ -266,17 +285,112 @@ def test_a_first_token_that_would_come_too_late_is_refused_with_the_time_to_come
     for number in range(8):
         device.put(f"answer{number}", 20, 600, Targets())
     device.step()
-    assert admission.check(make_request("first", 1000, targets=target), device.scheduler)
+    assert admission.check(make_request("first", 1000, targets=target), 1, device.scheduler)
     for number in range(10):
         device.put(f"long{number}", 1000, 2, Targets())
     late = make_request("late", 1000, targets=target, at=device.now)
     with pytest.raises(OverloadedError, match="predicted to come after") as refused:
-        admission.check(late, device.scheduler)
+        admission.check(late, 1, device.scheduler)
     predicted_s = predict_first_token_s(late, device.scheduler)
     assert predicted_s is not None
     assert refused.value.retry_after_s == pytest.approx(predicted_s - 6.0)
     urgent = make_request("urgent", 1000, targets=Targets("priority", ttft_s=4.0))
-    assert admission.check(urgent, device.scheduler)  # nobody stands before it
+    assert admission.check(urgent, 1, device.scheduler)  # nobody stands before it
+
+
+def test_a_prompt_that_no_server_reads_in_time_is_a_bad_request() -> None:
+    device = make_device()
+    device.put("answer", 20, 600, Targets())
+    device.step()
+    hopeless = make_request("hopeless", 9000, targets=Targets(ttft_s=1.0), at=device.now)
+    with pytest.raises(InvalidRequestError, match="9000 tokens takes"):
+        Admission(slo_factor=1.5).check(hopeless, 1, device.scheduler)
+
+
+def test_predictions_know_how_long_answers_are() -> None:
+    """One place, and answers that end long before they must."""
+    device = make_device(places=1)
+    for number in range(5):
+        ended = device.put(f"ended{number}", 10, 6, Targets())
+        ended.params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    device.run()
+    device.put("running", 10, 8000, Targets())
+    for _ in range(3):
+        device.step()
+    predicted_s = predict_first_token_s(make_request("own", 10, at=device.now), device.scheduler)
+    assert predicted_s is not None
+    assert predicted_s < 10
+
+
+def test_flex_is_not_displaced_for_what_would_not_fit_anyway() -> None:
+    """It keeps its blocks, and goes on, until there is enough for the other."""
+    device = make_device(blocks=60)
+    holder = device.put("holder", 16 * 35, 300, Targets())
+    flex = device.put("flex", 100, 60, Targets("flex"))
+    for _ in range(20):
+        device.step()
+    device.put("large", 16 * 30, 5, Targets())
+    for _ in range(60):
+        device.step()
+    assert not holder.is_finished
+    assert flex.num_preemptions == 0
+    assert flex.num_output_tokens > 30
+    device.run()
+
+
+def test_waiting_flex_does_not_take_the_memory_that_another_waits_for() -> None:
+    device = make_device(blocks=60)
+    device.put("holder", 16 * 35, 200, Targets())
+    device.step()
+    large = device.put("large", 16 * 30, 5, Targets())
+    small = device.put("small", 100, 5, Targets("flex"))
+    for _ in range(30):
+        device.step()
+    assert not small.block_table
+    device.run()
+    assert large.num_output_tokens == small.num_output_tokens == 5
+
+
+def test_flex_contexts_do_not_shorten_the_chunks_of_others() -> None:
+    sizes = []
+    for flex in (0, 30):
+        device = make_device()
+        for number in range(flex):
+            device.put(f"flex{number}", 4000, 500, Targets("flex"))
+        while any(not request.is_decode for request in device.requests):
+            device.step()
+        device.put("answer", 10, 300, Targets())
+        device.step()
+        device.put("long", 3000, 2, Targets())
+        device.step()
+        device.step()
+        sizes.append(device.steps[-1][0].num_tokens)
+    assert sizes[0] == sizes[1]
+
+
+def test_flex_decodes_as_many_as_leave_the_others_their_target() -> None:
+    device = make_device(slo_s=0.1)
+    for number in range(30):
+        device.put(f"flex{number}", 4000, 300, Targets("flex"))
+    while any(not request.is_decode for request in device.requests):
+        device.step()
+    device.put("answer", 10, 100, Targets())
+    device.step()
+    for _ in range(20):
+        device.step()
+        batch, seconds = device.steps[-1]
+        assert seconds <= 0.1 * 1.05
+        assert 5 < batch.num_decodes < 31
+
+
+def test_looser_targets_than_the_servers_count() -> None:
+    device = make_device(slo_s=0.05)
+    device.put("patient", 10, 200, Targets(tbt_s=0.3))
+    device.step()
+    device.put("long", 3000, 2, Targets())
+    for _ in range(5):
+        device.step()
+    assert max(seconds for _, seconds in device.steps[-5:]) > 0.2
 
 
 @settings(max_examples=20, deadline=None)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
-from stallfree.core.budget import StaticBudget
+from stallfree.core.budget import Squeezed, StaticBudget
 from stallfree.core.load import Load
 from stallfree.core.policies import POLICIES, Candidate, Policy, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
@@ -73,15 +73,22 @@ class RestlessBudget:
 
     def __init__(self, max_tokens: int, tile_tokens: int, rng: random.Random) -> None:
         self.tile_tokens = tile_tokens
-        self.last = 0
+        self.squeezed = Squeezed()
+        self.last = self.last_flex = 0
         self._max_tokens = max_tokens
         self._random = rng
 
     def tokens(self, load: Load) -> int:
+        self.last_flex = 0
         self.last = self._random.choice([self._max_tokens, self._random.randint(-5, 40), 0])
         return self.last
 
-    def admissions(self, load: Load) -> int | None:
+    def flex(self, load: Load) -> tuple[int, int]:
+        count = self._random.randint(0 if load.decodes else 1, 4)
+        self.last_flex = max(self.last, len(load.decodes) + count)
+        return count, self.last_flex
+
+    def admissions(self, load: Load, sizes: Sequence[int]) -> int | None:
         return self._random.choice([None, 0, 1]) if load.decodes or load.prefills else None
 
     def pace(self, load: Load) -> None:
@@ -166,6 +173,7 @@ class Run:
                 end_token_ids=frozenset({END_TOKEN}),
                 arrived_at=float(len(self.requests)),
                 group=f"group {len(self.requests) - index}" if size > 1 else None,
+                is_sibling=index > 0,
                 targets=targets,
             )
             if request.max_kv_tokens <= self.scheduler.pool.num_tokens:
@@ -205,10 +213,11 @@ class Run:
         assert len(self.scheduler.running) <= self.setup.max_num_seqs
         policy = POLICIES[self.setup.policy]
         if policy.keeps_budget:
-            limit = max(self.budget.last, batch.num_decodes)
+            limit = max(self.budget.last, self.budget.last_flex, batch.num_decodes)
             held_up = [c for c in batch.chunks if c.is_decode and not c.request.is_flex]
-            if self.budget.last <= 0 and not held_up:
-                limit = max(self.setup.tile, batch.num_decodes)  # nobody is held up
+            has_flex = any(chunk.request.is_flex for chunk in batch.chunks)
+            if not held_up and (self.budget.last <= 0 or has_flex):
+                limit = max(self.setup.tile, limit)  # nobody is held up
             assert batch.num_tokens <= limit
         if policy.reserves_context:
             assert all(request.num_preemptions == 0 for request in self.requests)
@@ -407,6 +416,7 @@ def test_a_policy_changes_nothing() -> None:
             max_num_seqs=8,
             max_admissions=None,
             token_limit=16,
+            flex_limit=16,
             tile_tokens=1,
             decodes_ran_last=False,
         )

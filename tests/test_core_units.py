@@ -218,6 +218,7 @@ def view(
         max_num_seqs=max_num_seqs,
         max_admissions=max_admissions,
         token_limit=limit,
+        flex_limit=limit,
         tile_tokens=tile,
         decodes_ran_last=decodes_ran_last,
     )

@@ -116,6 +116,14 @@ def test_the_largest_budget_within_a_target(target_s: float, budget: int | None)
     assert largest_budget(model, target_s, tile_tokens=8) == budget
 
 
+def test_tiers_have_the_servers_targets_where_they_have_none_of_their_own() -> None:
+    settings = EngineSettings(
+        tbt_slo_s=0.2, ttft_slo_s=5.0, tier=("priority:tbt=100ms", "flex:ttft=60s")
+    )
+    made = {name: (targets.tbt_s, targets.ttft_s) for name, targets in settings.tiers.items()}
+    assert made == {"priority": (0.1, 5.0), "default": (0.2, 5.0), "flex": (None, 60.0)}
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("200ms", 0.2), ("0.2s", 0.2), ("1.5", 1.5)])
 def test_times_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == pytest.approx(seconds)
@@ -132,7 +140,17 @@ def test_what_is_no_time_is_refused(text: str) -> None:
     [
         ({"tbt_slo_s": 0.2, "token_budget": 64}, "give one of them"),
         ({"tbt_slo_s": 0.0}, "at least 0.001"),
-        ({"tbt_slo_s": 0.2, "scheduler": "orca"}, "keeps no budget"),
+        ({"tbt_slo_s": 0.2, "scheduler": "orca"}, "use sarathi"),
+        ({"tbt_slo_s": 0.2, "scheduler": "simple_chunking"}, "use sarathi"),
+        ({"tier": ("gold:tbt=1s",)}, "begin with one of"),
+        ({"tier": ("priority:speed=1s",)}, "write it as priority:tbt=100ms,ttft=2s"),
+        ({"tier": ("flex",)}, "write it as flex:ttft=2s"),
+        ({"tier": ("flex:tbt=1s",), "tbt_slo_s": 1.0}, "so it has no tbt"),
+        ({"tier": ("priority:tbt=100ms",)}, "there is no tbt_slo"),
+        ({"tier": ("priority:ttft=1s", "priority:tbt=1s"), "tbt_slo_s": 1.0}, "given twice"),
+        ({"admit_within_slo": 1.5}, "without tbt_slo"),
+        ({"max_queued_requests": 0}, "at least 1"),
+        ({"prefill_order": "lifo"}, "one of fcfs, edf, srpf"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(settings: dict[str, object], words: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from openai import NotFoundError
 from openai.types.chat import ChatCompletionUserMessageParam
-from server_fixtures import MODEL, RunningServer, events, serve, tiny_engine
+from server_fixtures import IDLE_HEALTH, MODEL, RunningServer, events, serve, tiny_engine
 
 PROMPT = "The quick brown fox"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -52,7 +52,7 @@ def test_health_and_version(server: RunningServer) -> None:
     health = server.http.get("/health")
     assert (health.status_code, health.json()) == (
         200,
-        {"status": "ok", "running": 0, "waiting": 0},
+        IDLE_HEALTH,
     )
     assert server.http.get("/version").json()["version"].count(".") == 2
 

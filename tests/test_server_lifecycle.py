@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fixtures import MODEL, TIMEOUT_S, tiny_engine, wait_until
+from server_fixtures import IDLE_HEALTH, MODEL, TIMEOUT_S, tiny_engine, wait_until
 from server_process import DEADLY_TOKEN, FAILING_TOKEN
 from tiny import save_tiny_model
 
@@ -134,7 +134,7 @@ def test_a_failed_iteration_fails_only_its_requests(folder: Path) -> None:
         (streamed,) = Stream(client, prompt=[FAILING_TOKEN]).end()
         assert streamed["error"]["type"] == "server_error"
         assert "secret" not in json.dumps(streamed)
-        assert client.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        assert client.get("/health").json() == IDLE_HEALTH
         assert client.post("/v1/completions", json={**BODY, "prompt": "hi"}).status_code == 200
         server.send_signal(signal.SIGTERM)
         assert server.wait(TIMEOUT_S) == 0

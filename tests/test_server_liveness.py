@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fixtures import MODEL, RunningServer, serve, tiny_engine, wait_until
+from server_fixtures import IDLE_HEALTH, MODEL, RunningServer, serve, tiny_engine, wait_until
 
 LONG: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 CONTEXT = 16_384
@@ -30,7 +30,7 @@ def idle_after(server: RunningServer, caplog: pytest.LogCaptureFixture) -> Itera
     wait_until(server.is_idle, timeout_s=2.0)
     server.engine.engine.scheduler.check_integrity()
     assert not caplog.records
-    assert server.http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+    assert server.http.get("/health").json() == IDLE_HEALTH
 
 
 BODIES = [

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stallfree.core.budget import TokenBudget
 from stallfree.core.load import Load
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
-from stallfree.errors import OverloadedError
+from stallfree.errors import InvalidRequestError, OverloadedError
 
 _RETRY_AFTER_S = 5.0  # where nothing is predicted
+_LONGEST_RETRY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +24,8 @@ class Admission:
     """Limits on what may wait.
 
     Attributes:
-        max_queued_requests: most waiting requests, or None.
-        max_queued_tokens: most tokens of waiting prompts, or None; one alone may always wait.
+        max_queued_requests: most waiting requests, or None; if none waits, one may always.
+        max_queued_tokens: most tokens of waiting prompts, or None; if none waits, one may always.
         slo_factor: most that the predicted time to the first token may be of its target, or None.
     """
 
@@ -31,65 +33,96 @@ class Admission:
     max_queued_tokens: int | None = None
     slo_factor: float | None = None
 
-    def check(self, request: Request, scheduler: Scheduler) -> float | None:
-        """Predict the seconds to the first token of a request that is about to be added.
+    def check(self, request: Request, count: int, scheduler: Scheduler) -> float | None:
+        """Judge a request that is about to be added.
+
+        Only what would go before it counts: of its own tier, and of those that go before that.
+
+        Args:
+            request: the request, not added yet.
+            count: how many completions of its prompt there are.
+            scheduler: where it would wait.
 
         Returns:
-            The prediction; None if the scheduler's budget predicts nothing.
+            The predicted seconds to its first token, if they are limited.
 
         Raises:
-            OverloadedError: the request is refused.
+            OverloadedError: it is refused.
+            InvalidRequestError: it could not be answered within its target by an idle server.
         """
-        predicted_s = predict_first_token_s(request, scheduler)
-        waiting = scheduler.waiting
-        retry_after_s = _RETRY_AFTER_S if predicted_s is None else predicted_s
-        if self.max_queued_requests is not None and len(waiting) >= self.max_queued_requests:
-            raise OverloadedError(
-                f"{len(waiting)} requests wait, and no more than {self.max_queued_requests} may",
-                retry_after_s,
-            )
-        num_tokens = waiting.num_tokens + request.num_prompt_tokens
-        limit = self.max_queued_tokens
-        if limit is not None and len(waiting) and num_tokens > limit:
-            raise OverloadedError(
-                f"the prompt has {request.num_prompt_tokens} tokens, {waiting.num_tokens} wait, "
-                f"and together no more than {limit} may",
-                retry_after_s,
-            )
+        self._check_queue(request, count, scheduler)
         target_s = request.targets.ttft_s
-        if self.slo_factor is None or predicted_s is None or target_s is None:
+        if self.slo_factor is None:
+            return None
+        predicted_s = predict_first_token_s(request, scheduler)
+        if predicted_s is None or target_s is None:
             return predicted_s
-        if predicted_s > self.slo_factor * target_s:
-            raise OverloadedError(
-                f"the first token is predicted to come after {predicted_s:.1f} s; the target is "
-                f"{target_s:g} s, and {self.slo_factor:g} times that is the limit",
-                predicted_s - self.slo_factor * target_s,
+        limit_s = self.slo_factor * target_s
+        if predicted_s <= limit_s:
+            return predicted_s
+        alone_s = _reading_s(request.num_tokens, Load(()), scheduler.budget)
+        if alone_s is not None and alone_s > limit_s:
+            raise InvalidRequestError(
+                f"reading the prompt of {request.num_prompt_tokens} tokens takes {alone_s:.1f} s, "
+                f"longer than {self.slo_factor:g} times the target of {target_s:g} s to the first "
+                "token: allow more with ttft_slo_ms",
+                "ttft_slo_ms",
             )
-        return predicted_s
+        raise OverloadedError(
+            f"the first token is predicted to come after {predicted_s:.1f} s; the target is "
+            f"{target_s:g} s, and {self.slo_factor:g} times that is the limit",
+            min(predicted_s - limit_s, _LONGEST_RETRY_S),
+        )
+
+    def _check_queue(self, request: Request, count: int, scheduler: Scheduler) -> None:
+        """Those for whom there is a place wait for one iteration: they do not count."""
+        rank, waiting = request.targets.rank, scheduler.waiting
+        num_waiting, num_tokens = waiting.num_requests(rank), waiting.num_tokens(rank)
+        if num_waiting == 0:
+            return
+        places = max(0, scheduler.config.max_num_seqs - len(scheduler.running))
+        limit = self.max_queued_requests
+        reason = None
+        if limit is not None and num_waiting + count > limit + places:
+            reason = f"{num_waiting} requests wait, and no more than {limit} may"
+        limit = self.max_queued_tokens
+        if limit is not None and num_tokens + request.num_prompt_tokens > limit:
+            reason = (
+                f"the prompt has {request.num_prompt_tokens} tokens, {num_tokens} wait, and "
+                f"together no more than {limit} may"
+            )
+        if reason is not None:
+            predicted_s = predict_first_token_s(request, scheduler)
+            retry_s = _RETRY_AFTER_S if predicted_s is None else predicted_s
+            raise OverloadedError(reason, min(retry_s, _LONGEST_RETRY_S))
 
 
 def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | None:
     """When a new request would get its first token, in seconds from now.
 
     What goes before it is read at the present pace. If there is no place for it, it also waits
-    until enough of those that run have ended, all at their longest. Free memory is not predicted.
-    None if the budget predicts nothing.
+    until enough of those that run have ended, which are taken to be as long as the last answers
+    were. Free memory is not predicted. None if the budget predicts nothing.
     """
-    load = Load(scheduler.running)
-    pace = scheduler.budget.pace(load)
-    if pace is None:
-        return None
-    tokens_per_s, step_s = pace
+    running = [each for each in scheduler.running if request.is_flex or not each.is_flex]
+    load, budget = Load(running), scheduler.budget
     num_tokens, num_waiting = scheduler.tokens_ahead(request)
-    reading_s = (num_tokens + request.num_tokens) / tokens_per_s + step_s
-    places = scheduler.config.max_num_seqs - len(scheduler.running)
-    allowed = scheduler.budget.admissions(load)
-    if allowed is not None:
-        places = min(places, allowed)
-    missing = num_waiting + 1 - places
-    if missing <= 0 or not scheduler.running:
+    reading_s = _reading_s(num_tokens + request.num_tokens, load, budget)
+    pace = budget.pace(load)
+    if reading_s is None or pace is None or not running:
         return reading_s
-    left = sorted(each.max_tokens - each.num_output_tokens for each in scheduler.running)
+    places = scheduler.config.max_num_seqs - len(running)
+    if budget.admissions(load, [request.num_tokens]) == 0:
+        places = 0  # as many decode as the target allows
+    missing = num_waiting + 1 - places
+    if missing <= 0:
+        return reading_s
+    left = sorted(scheduler.tokens_left(each) for each in running)
     rounds = math.ceil(missing / len(left))
-    waiting_s = step_s * left[min(missing, len(left)) - 1] * rounds
-    return max(reading_s, waiting_s)
+    return max(reading_s, pace[1] * left[min(missing, len(left)) - 1] * rounds)
+
+
+def _reading_s(num_tokens: int, load: Load, budget: TokenBudget) -> float | None:
+    """Seconds to read so many tokens of prompts beside what runs, if they can be predicted."""
+    pace = budget.pace(load)
+    return None if pace is None else num_tokens / pace[0] + pace[1]

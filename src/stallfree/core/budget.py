@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from stallfree.core.batch import Batch
 from stallfree.core.load import Load
 from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_context
 
+_SHARE = 0.97  # of a target that an iteration may take: its tokens are still to be delivered
 _IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
-_MOST_ADMISSIONS = 32  # in one iteration
 
 
 class TokenBudget(Protocol):
@@ -20,17 +22,25 @@ class TokenBudget(Protocol):
         tile_tokens: what matrix kernels round rows up to. A prefill chunk that does not end its
             prompt is cut so that the iteration's tokens are a multiple of it ("tile
             quantization": 257 tokens may cost a third more than 256).
+        squeezed: what reading prompts cost against the target.
     """
 
     @property
     def tile_tokens(self) -> int: ...
 
+    @property
+    def squeezed(self) -> Squeezed: ...
+
     def tokens(self, load: Load) -> int:
         """Most tokens of the coming iteration; at or below zero, only decodes run, if any do."""
         ...
 
-    def admissions(self, load: Load) -> int | None:
-        """How many requests may join those that are admitted; None if it sets no limit."""
+    def flex(self, load: Load) -> tuple[int, int]:
+        """How many `flex` decodes may run where no prompt of others does, and most tokens then."""
+        ...
+
+    def admissions(self, load: Load, sizes: Sequence[int]) -> int | None:
+        """How many of those first in line may join, by their tokens; None if it sets no limit."""
         ...
 
     def pace(self, load: Load) -> tuple[float, float] | None:
@@ -42,12 +52,26 @@ class TokenBudget(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Squeezed:
+    """Iterations in which prompts got their least although that is over the target.
+
+    Attributes:
+        iterations: how many.
+        over_s: seconds that they were predicted to be over the target, together.
+    """
+
+    iterations: int = 0
+    over_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class StaticBudget:
     """The same number of tokens in every iteration."""
 
     max_tokens: int
     tile_tokens: int = 1
+    squeezed: Squeezed = field(default_factory=Squeezed)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -59,7 +83,11 @@ class StaticBudget:
         """`max_tokens`, whatever runs."""
         return self.max_tokens
 
-    def admissions(self, load: Load) -> None:  # noqa: ARG002 - as above
+    def flex(self, load: Load) -> tuple[int, int]:
+        """What the decodes of others leave of `max_tokens`."""
+        return max(0, self.max_tokens - len(load.decodes)), self.max_tokens
+
+    def admissions(self, load: Load, sizes: Sequence[int]) -> None:  # noqa: ARG002 - as above
         """No limit but memory and places."""
         return
 
@@ -78,7 +106,8 @@ class SloBudget:
     chunk whose predicted time, with a margin for scatter, is within the tightest target of the
     decodes. Without decodes there is nobody to hold up, and prompts run in long chunks. If the
     decodes alone are over the target, nobody else is admitted and prompts that are under way get
-    one tile an iteration. Requests of tier `flex` have no target, and count as prefills do.
+    one tile an iteration, at most two. Requests of tier `flex` have no target; they run where no
+    prompt of others is read, as many as the decodes of others leave room for.
 
     Args:
         tbt_slo_s: the target of requests without one of their own, in seconds from one token of an
@@ -88,7 +117,7 @@ class SloBudget:
         max_tokens: of an iteration.
 
     Attributes:
-        num_squeezed: iterations in which prompts got their least although that is over the target.
+        squeezed: what the least that prompts get cost so far.
     """
 
     def __init__(
@@ -105,7 +134,7 @@ class SloBudget:
         self.predictor = predictor
         self.tile_tokens = tile_tokens
         self.max_tokens = max_tokens
-        self.num_squeezed = 0
+        self.squeezed = Squeezed()
 
     def tokens(self, load: Load) -> int:
         """All decodes, and as much prefill as their target leaves room for."""
@@ -114,28 +143,51 @@ class SloBudget:
         num_tokens, seconds = self._most_tokens(
             len(load.decodes),
             start,
-            load.context + load.flex_context,
-            len(load.decodes) + len(load.flex_decodes) + 1,
+            load.context,
+            len(load.decodes) + 1,
             target_s,
+            is_scored=load.is_scored,
         )
-        self.num_squeezed += bool(load.decodes and load.prefills and seconds > target_s)
+        has_prompt = any(not request.is_flex for request in load.prefills)
+        if load.decodes and has_prompt and seconds > target_s:
+            self.squeezed.iterations += 1
+            self.squeezed.over_s += seconds - target_s
         return num_tokens
 
-    def admissions(self, load: Load) -> int:
+    def flex(self, load: Load) -> tuple[int, int]:
+        """As many as are within the target of the other decodes; one at least if there are none."""
+        rows = len(load.decodes)
+        target_s = self._target_s(load) if rows else max(self.tbt_slo_s, _IDLE_S)
+        sizes = [request.num_tokens for request in load.flex_decodes]
+        count = self._most_decodes(rows, load.context, sizes, target_s)
+        count = count if rows else max(count, min(1, len(sizes)))
+        start = max((request.num_computed_tokens for request in load.prefills), default=0)
+        context = load.context + sum(sizes[:count])
+        all_rows = rows + count
+        num_tokens, seconds = self._most_tokens(all_rows, start, context, all_rows + 1, target_s)
+        return count, num_tokens if seconds <= target_s or not rows else all_rows
+
+    def admissions(self, load: Load, sizes: Sequence[int]) -> int:
         """As many as are within the target once all decode; one at least if nothing runs."""
         rows, context = self._rows_and_context(load)
-        target_s = self._target_s(load)
+        count = self._most_decodes(rows, context, sizes, self._target_s(load))
+        return count if rows else max(1, count)
+
+    def _most_decodes(self, rows: int, context: int, sizes: Sequence[int], target_s: float) -> int:
+        """How many decodes of these contexts fit beside others, the first of them first."""
+        contexts = list(accumulate(sizes, initial=context))
+        margin = self.predictor.margin
 
         def fits(count: int) -> bool:
             every = rows + count
-            shape = BatchShape(every, decode_context=context, num_sampled=every)
-            return self.predictor.seconds(shape) <= target_s
+            shape = BatchShape(every, decode_context=contexts[count], num_sampled=every)
+            return margin * self.predictor.seconds(shape) <= target_s
 
-        low, high = 0, _MOST_ADMISSIONS
-        while low < high:  # the most that fit
+        low, high = 0, len(sizes)
+        while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low if rows else max(1, low)
+        return low
 
     def pace(self, load: Load) -> tuple[float, float]:
         """As it would be with all that run at their decodes."""
@@ -151,11 +203,18 @@ class SloBudget:
         return len(load.decodes) + len(prefills), context
 
     def _most_tokens(
-        self, num_decodes: int, start: int, context: int, num_sampled: int, target_s: float
+        self,
+        num_decodes: int,
+        start: int,
+        context: int,
+        num_sampled: int,
+        target_s: float,
+        *,
+        is_scored: bool = False,
     ) -> tuple[int, float]:
         """The most tokens within a target, in whole tiles, and their seconds with the margin.
 
-        One tile beside the decodes at least, although that may be over the target.
+        A whole tile beside the decodes at least, although that may be over the target.
 
         Args:
             num_decodes: of the tokens.
@@ -163,16 +222,18 @@ class SloBudget:
             context: of all decodes.
             num_sampled: rows that a token is sampled from.
             target_s: in seconds.
+            is_scored: whether logits of the chunk's own rows are asked for.
         """
         margin = self.predictor.margin
 
         def seconds(tiles: int) -> float:
             chunk = tiles * self.tile_tokens - num_decodes
             context_of_chunk = chunk_context(start, chunk)
-            shape = BatchShape(chunk + num_decodes, context_of_chunk, context, num_sampled)
+            sampled = num_sampled + chunk * is_scored
+            shape = BatchShape(chunk + num_decodes, context_of_chunk, context, sampled)
             return margin * self.predictor.seconds(shape)
 
-        low = num_decodes // self.tile_tokens + 1
+        low = -(-num_decodes // self.tile_tokens) + 1
         high = max(low, self.max_tokens // self.tile_tokens)
         while low < high:  # the most tiles that fit
             middle = (low + high + 1) // 2
@@ -181,7 +242,10 @@ class SloBudget:
 
     def _target_s(self, load: Load) -> float:
         """The tightest target of the decodes."""
-        return self.tbt_slo_s if load.tbt_s is None else min(load.tbt_s, self.tbt_slo_s)
+        target_s = self.tbt_slo_s if load.tbt_s is None else load.tbt_s
+        if not load.all_have_targets:
+            target_s = min(target_s, self.tbt_slo_s)
+        return _SHARE * target_s
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Follow the machine."""

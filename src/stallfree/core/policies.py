@@ -44,7 +44,7 @@ class View:
     Attributes:
         decodes: admitted requests that are not in flight and continue an answer, by tier and
             arrival. Each already holds the block of its next token.
-        flex_decodes: those that take only what the others leave.
+        flex_decodes: those that take only what the others leave, as many as that allows.
         under_way: admitted requests that are not in flight and read a prompt.
         prefills: those, and requests that may be admitted, in the order in which they are to be
             read, lazily.
@@ -53,8 +53,9 @@ class View:
         free_blocks: blocks left for admissions.
         watermark_blocks: free blocks that an admission must leave, unless nothing else runs.
         max_num_seqs: most admitted requests.
-        max_admissions: most that may be admitted in this iteration, or None.
+        max_admissions: most that may be admitted in this iteration, `flex` aside, or None.
         token_limit: most tokens of the iteration, or None.
+        flex_limit: the same where `flex` runs beside decodes alone.
         tile_tokens: see `TokenBudget.tile_tokens`.
         decodes_ran_last: whether the last iteration held a decode.
     """
@@ -70,6 +71,7 @@ class View:
     max_num_seqs: int
     max_admissions: int | None
     token_limit: int | None
+    flex_limit: int | None
     tile_tokens: int
     decodes_ran_last: bool
 
@@ -84,14 +86,16 @@ class Plan:
         self._free_blocks = view.free_blocks
         self._num_running = view.num_running
         self._num_admitted = 0
-        self._has_chunk = False
+        self._limit = view.token_limit
+        self._may_admit = True
+        self.has_chunk = False
 
     def run_chunk(self, request: RequestView, num_tokens: int) -> None:
         """Run tokens of a prompt."""
         if num_tokens > 0:
             self.proposals.append(Proposal(request, num_tokens))
             self._num_tokens += num_tokens
-            self._has_chunk = True
+            self.has_chunk = True
 
     def run_decodes(self, requests: Sequence[RequestView]) -> None:
         """Run the token of each of them."""
@@ -110,6 +114,7 @@ class Plan:
             if num_tokens == 0:
                 return
             if candidate.is_waiting and not self._admits(candidate):
+                self._may_admit = False
                 break
             self.run_chunk(candidate.request, num_tokens)
             done.add(id(candidate.request))
@@ -119,16 +124,16 @@ class Plan:
             if request.is_flex == candidate.request.is_flex and id(request) not in done:
                 self.run_chunk(request, self.chunk(request.num_remaining_tokens))
 
-    def run_flex_decodes(self) -> None:
-        """Decodes that take what the others leave, as far as the token limit goes."""
-        decodes, limit = self._view.flex_decodes, self._view.token_limit
-        if limit is not None:
-            decodes = decodes[: max(0, limit - self._num_tokens)]
-        self.run_decodes(decodes)
+    def run_flex(self) -> None:
+        """What takes only what the others leave: nothing while their prompts are read."""
+        if not self.has_chunk:
+            self._limit = self._view.flex_limit
+            self.run_decodes(self._view.flex_decodes)
+            self.run_prefills(self._view.flex_prefills)
 
     def chunk(self, remaining: int) -> int:
         """How many of a prefill's remaining tokens fit; cut to a tile unless all of them do."""
-        limit = self._view.token_limit
+        limit = self._limit
         if limit is None:
             return remaining
         room = max(0, limit - self._num_tokens)
@@ -136,17 +141,17 @@ class Plan:
             return remaining
         tile = self._view.tile_tokens
         cut = (self._num_tokens + room) // tile * tile - self._num_tokens
-        if cut <= 0 and not self._has_chunk:
+        if cut <= 0 and not self.has_chunk:
             return room  # less than a tile, so that a small budget still gets on
         return max(0, cut)
 
     def _admits(self, candidate: Candidate) -> bool:
         watermark = self._view.watermark_blocks if self._num_running else 0
         left = self._free_blocks - candidate.num_blocks
-        most = self._view.max_admissions
+        most = None if candidate.request.is_flex else self._view.max_admissions
         if self._num_running >= self._view.max_num_seqs or left < watermark:
             return False
-        if most is not None and self._num_admitted >= most:
+        if not self._may_admit or (most is not None and self._num_admitted >= most):
             return False
         self._num_running += 1
         self._num_admitted += 1
@@ -164,8 +169,7 @@ def stall_free(view: View) -> list[Proposal]:
     plan = Plan(view)
     plan.run_decodes(view.decodes)
     plan.run_prefills(view.prefills)
-    plan.run_flex_decodes()
-    plan.run_prefills(view.flex_prefills)
+    plan.run_flex()
     return plan.proposals
 
 
@@ -215,6 +219,11 @@ class Policy:
     propose: Callable[[View], list[Proposal]]
     keeps_budget: bool = False
     reserves_context: bool = False
+
+    @property
+    def never_pauses(self) -> bool:
+        """Whether every iteration holds every decode and no more than the budget."""
+        return self.propose is stall_free and self.keeps_budget
 
 
 POLICIES: dict[str, Policy] = {

@@ -55,6 +55,7 @@ class Request:
         arrived_at: the engine's clock at arrival, in seconds.
         seed: the seed of this request's own random numbers.
         group: requests of one group have the same prompt and may share its KV blocks.
+        is_sibling: whether it comes after another of its group, and shares its prompt.
         targets: what it is promised, and whom it goes before.
 
     Attributes:
@@ -72,6 +73,7 @@ class Request:
         "group",
         "in_flight",
         "is_flex",
+        "is_sibling",
         "max_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -97,6 +99,7 @@ class Request:
         arrived_at: float = 0.0,
         seed: int = 0,
         group: str | None = None,
+        is_sibling: bool = False,
         targets: Targets = DEFAULT_TARGETS,
     ) -> None:
         self.request_id = request_id
@@ -108,6 +111,7 @@ class Request:
         self.arrived_at = arrived_at
         self.seed = seed
         self.group = group
+        self.is_sibling = is_sibling
         self.targets = targets
         self.is_flex = targets.yields
         self.arrival = (arrived_at, sys.maxsize)  # the scheduler breaks ties by order of arrival

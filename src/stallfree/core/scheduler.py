@@ -7,8 +7,10 @@ the time, or what runs the batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool, IntegrityError
@@ -19,6 +21,9 @@ from stallfree.core.policies import POLICIES, Candidate, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.waiting import PREFILL_ORDERS, WaitingQueue
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
+
+_MOST_ADMISSIONS = 32  # in one iteration
+_LAST_OUTPUTS = 64  # whose length says how long answers are
 
 
 class PolicyError(Exception):
@@ -88,6 +93,7 @@ class Scheduler:
         self._watermark_blocks = int(watermark * pool.num_blocks)
         self._context_blocks = pool.blocks_for(config.max_model_len)
         self._num_arrivals = 0
+        self._output: deque[int] = deque(maxlen=_LAST_OUTPUTS)
         self._decodes_ran_last = False
         if self.policy.reserves_context and self._context_blocks > pool.num_blocks:
             raise ConfigError(
@@ -148,10 +154,12 @@ class Scheduler:
         if self.policy.keeps_budget:
             limit = self._token_limit(load)
             is_all = len(ready) == len(self.running)
-            admissions = self.budget.admissions(load if is_all else Load(self.running))
+            everything = load if is_all else Load(self.running)
+            admissions = self.budget.admissions(everything, self._next_sizes())
+        flex_decodes, flex_limit = self._flex(load, limit)
         view = View(
             decodes=load.decodes,
-            flex_decodes=load.flex_decodes,
+            flex_decodes=flex_decodes,
             under_way=load.prefills,
             prefills=self._candidates(load.prefills, may_admit, is_flex=False),
             flex_prefills=self._candidates(load.prefills, may_admit, is_flex=True),
@@ -161,13 +169,14 @@ class Scheduler:
             max_num_seqs=self.config.max_num_seqs,
             max_admissions=admissions,
             token_limit=limit,
+            flex_limit=flex_limit,
             tile_tokens=self.budget.tile_tokens,
             decodes_ran_last=self._decodes_ran_last,
         )
         proposals = self.policy.propose(view)
         if not proposals:
             return None
-        batch = self._check(proposals, limit)
+        batch = self._check(proposals, None if limit is None else max(limit, flex_limit or 0))
         for chunk in batch.chunks:
             self._launch(chunk.request, now)
         self._decodes_ran_last = batch.num_decodes > 0
@@ -180,6 +189,21 @@ class Scheduler:
             return limit
         return self.budget.tile_tokens
 
+    def _flex(self, load: Load, limit: int | None) -> tuple[list[Request], int | None]:
+        """The `flex` decodes that may run where no prompt of others does, and the limit then."""
+        has_flex = load.flex_decodes or self.waiting.has_flex
+        if limit is None or not (has_flex or any(each.is_flex for each in load.prefills)):
+            return load.flex_decodes, limit
+        count, most = self.budget.flex(load)
+        if not load.decodes:
+            most = max(most, self.budget.tile_tokens)
+        return load.flex_decodes[:count], most
+
+    def _next_sizes(self) -> list[int]:
+        """Tokens of those first in line, `flex` aside."""
+        first = islice(self.waiting.in_order((), True, is_flex=False), _MOST_ADMISSIONS)
+        return [request.num_tokens for request in first]
+
     def tokens_ahead(self, request: Request) -> tuple[int, int]:
         """Tokens of prompts that would be read before a new request, and how many of them wait."""
         num_tokens = num_waiting = 0
@@ -190,9 +214,17 @@ class Scheduler:
             for each in self.waiting.in_order(own, True, is_flex=is_flex):
                 if each is request:
                     break
-                num_tokens += each.num_remaining_tokens
+                num_tokens += 0 if each.is_sibling else each.num_remaining_tokens
                 num_waiting += each.state is RequestState.WAITING
         return num_tokens, num_waiting
+
+    def tokens_left(self, request: Request) -> int:
+        """How many tokens a request probably still gets, as long as the last answers were."""
+        left = request.max_tokens - request.num_output_tokens
+        if self._output:
+            typical = sum(self._output) // len(self._output)
+            left = min(left, max(1, typical - request.num_output_tokens))
+        return left
 
     def complete(self, batch: Batch, token_ids: Sequence[int]) -> None:
         """Take the result of a batch: one sampled token for each chunk of `batch.sampling`."""
@@ -276,6 +308,9 @@ class Scheduler:
         if candidate is None:
             return ready
         victims = [r for r in reversed(self.running) if r.is_flex and not r.in_flight]
+        most_free = self.pool.num_free + sum(len(victim.block_table) for victim in victims)
+        if most_free - candidate.num_blocks < self._watermark_blocks:
+            return ready  # all of it would not be enough
         for victim in victims:
             has_place = len(self.running) < self.config.max_num_seqs
             left = self.pool.num_free - candidate.num_blocks
@@ -380,6 +415,8 @@ class Scheduler:
         queue.remove(request)
         request.move_to(RequestState.FINISHED)
         request.finish_reason = reason
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._output.append(request.num_output_tokens)
         self._release_blocks(request)
         del self._requests[request.request_id]
         if request.group is not None:

@@ -23,7 +23,8 @@ _SCATTER_STEPS = 200
 _ENOUGH_STEPS = 30  # to forget the scatter of the profile
 _SCATTER_QUANTILE = 0.95  # at most: a few iterations have no say in it
 _CORRECTED = 0.02  # of the margin, by a miss
-_LEAST_CORRECTION, _MOST_CORRECTION = -0.05, 0.5
+_LEAST_CORRECTION, _MOST_CORRECTION = -0.05, 0.25
+_SAME_SPEED = 0.1  # relative change of the speed that is no change
 _LEARNED = 0.05  # of an error, in one iteration
 _LARGEST_ERROR = 0.2  # that is learned from: more is taken for that much
 _MOST_LEARNED = 0.5  # of a cost, either way
@@ -37,7 +38,8 @@ class BatchShape:
         num_tokens: all tokens.
         prefill_context: for each token of a prefill chunk the tokens that it attends to, added up.
         decode_context: the same for decodes.
-        num_sampled: rows that a token is sampled from.
+        num_sampled: rows whose logits are computed: a token is sampled from them, or a request asks
+            how likely the tokens of its prompt are.
     """
 
     num_tokens: int
@@ -50,11 +52,12 @@ class BatchShape:
         """The shape of a batch."""
         prefills = [chunk for chunk in batch.chunks if not chunk.is_decode]
         decodes = [chunk.start for chunk in batch.chunks if chunk.is_decode]
+        scored = [c.num_tokens for c in prefills if c.request.params.prompt_logprobs is not None]
         return cls(
             num_tokens=batch.num_tokens,
             prefill_context=sum(chunk_context(c.start, c.num_tokens) for c in prefills),
             decode_context=sum(decodes) + len(decodes),
-            num_sampled=len(batch.sampling),
+            num_sampled=len(batch.sampling) + sum(scored),
         )
 
 
@@ -234,6 +237,8 @@ class StepTimePredictor:
         self._scatter: deque[float] = deque(maxlen=_SCATTER_STEPS)
         self._sorted = sorted(model.scatter)  # until there are enough of its own
         self._correction = 0.0
+        # of the iteration in the middle of `_recent` and those after: the speed before, and a miss
+        self._judged: deque[tuple[float, bool]] = deque(maxlen=_SPEED_STEPS - _SPEED_STEPS // 2)
         self.speed = 1.0
 
     def seconds(self, shape: BatchShape) -> float:
@@ -255,19 +260,27 @@ class StepTimePredictor:
         expected = self.model.seconds(shape)
         if expected <= 0.0 or seconds <= 0.0:
             return
-        if len(self._recent) == _SPEED_STEPS and expected * self.speed >= self._relevant_s:
-            is_miss = seconds > self.speed * expected * self.margin
-            moved = self._correction + _CORRECTED * (is_miss - (1 - self.quantile))
-            self._correction = max(_LEAST_CORRECTION, min(_MOST_CORRECTION, moved))
+        predicted = self.speed * expected
+        self._judged.append((self.speed, seconds > predicted * self.margin))
         self._recent.append((expected, seconds / expected))
         self.speed = median(ratio for _, ratio in self._recent)
         self._learn(shape, seconds / (self.speed * expected) - 1, expected)
         if len(self._recent) == _SPEED_STEPS:
             expected, ratio = self._recent[_SPEED_STEPS // 2]
             if expected * self.speed >= self._relevant_s:
+                self._correct(*self._judged[0])
                 self._scatter.append(ratio / self.speed)
                 if len(self._scatter) >= _ENOUGH_STEPS:
                     self._sorted = sorted(self._scatter)
+
+    def _correct(self, speed: float, is_miss: bool) -> None:
+        """Move the margin by an iteration of a few steps ago, predicted when the speed was `speed`.
+
+        What the change to another speed made a miss is none.
+        """
+        if abs(self.speed / speed - 1) < _SAME_SPEED:
+            moved = self._correction + _CORRECTED * (is_miss - (1 - self.quantile))
+            self._correction = max(_LEAST_CORRECTION, min(_MOST_CORRECTION, moved))
 
     def _learn(self, shape: BatchShape, error: float, expected: float) -> None:
         """Move costs against a relative error: those with the largest share of the time most."""

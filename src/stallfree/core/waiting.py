@@ -46,8 +46,6 @@ class WaitingQueue:
         order: a name in `PREFILL_ORDERS`.
         counters: of what each user got, for fairness; None: users do not matter.
 
-    Attributes:
-        num_tokens: of all waiting requests together.
     """
 
     def __init__(self, order: str = "fcfs", counters: TokenCounters | None = None) -> None:
@@ -55,7 +53,21 @@ class WaitingQueue:
         self._counters = counters
         self._queues: dict[tuple[int, str], list[Entry]] = {}  # by rank and user, sorted
         self._entries: dict[str, Entry] = {}
-        self.num_tokens = 0
+        self._num_requests = [0] * len(RANKS)
+        self._num_tokens = [0] * len(RANKS)
+
+    @property
+    def has_flex(self) -> bool:
+        """Whether one of them takes only what the others leave."""
+        return self._num_requests[RANKS["flex"]] > 0
+
+    def num_requests(self, rank: int) -> int:
+        """How many of this rank and of lower ones wait."""
+        return sum(self._num_requests[: rank + 1])
+
+    def num_tokens(self, rank: int) -> int:
+        """Tokens of theirs, a prompt that several share counted once."""
+        return sum(self._num_tokens[: rank + 1])
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -67,11 +79,11 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         """Let a request wait."""
         if self._counters is not None:
-            self._counters.arrive(request.targets.user)
+            self._counters.arrive(request.targets.rank, request.targets.user)
         entry = self._entry(request)
         self._entries[request.request_id] = entry
         insort(self._queues.setdefault(self._queue_of(request), []), entry)
-        self.num_tokens += request.num_tokens
+        self._count(request, 1)
 
     def remove(self, request: Request) -> None:
         """Let it wait no longer.
@@ -85,9 +97,14 @@ class WaitingQueue:
         del queue[bisect_left(queue, entry)]
         if not queue:
             del self._queues[place]
-        self.num_tokens -= request.num_tokens
+        self._count(request, -1)
         if self._counters is not None:
-            self._counters.leave(request.targets.user)
+            self._counters.leave(request.targets.rank, request.targets.user)
+
+    def _count(self, request: Request, sign: int) -> None:
+        rank = request.targets.rank
+        self._num_requests[rank] += sign
+        self._num_tokens[rank] += 0 if request.is_sibling else sign * request.num_tokens
 
     def in_order(
         self, under_way: Iterable[Request], with_waiting: bool, *, is_flex: bool

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
+from stallfree.core.budget import Squeezed
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
@@ -77,6 +78,11 @@ class AsyncEngine:
     def num_waiting(self) -> int:
         """Completions that wait for admission."""
         return len(self.engine.scheduler.waiting)
+
+    @property
+    def squeezed(self) -> Squeezed:
+        """What reading prompts cost against the latency target so far."""
+        return self.engine.scheduler.budget.squeezed
 
     def start(self) -> None:
         """Start the engine's thread."""

@@ -64,7 +64,7 @@ class Engine:
         self.facts = facts
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
-        self._admission = admission or Admission()
+        self.admission = admission or Admission()
         self._seed = seed
         self._num_added = 0
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
@@ -106,12 +106,7 @@ class Engine:
             raise InvalidRequestError(
                 "the prompt is empty; it must have at least 1 token", "prompt"
             )
-        if targets.tbt_s is not None and self.facts.tbt_slo_s is None:
-            raise InvalidRequestError(
-                f"tbt_slo_ms is {targets.tbt_s * 1000:g}; this server keeps no target for the time "
-                "between tokens: it must be started with --tbt-slo",
-                "tbt_slo_ms",
-            )
+        self._check_targets(targets)
         self._check_ids("prompt", prompt_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
@@ -135,6 +130,27 @@ class Engine:
                 f"min_tokens is {params.min_tokens}; the context leaves {max_tokens}", "min_tokens"
             )
         return max_tokens
+
+    def _check_targets(self, targets: Targets) -> None:
+        """Refuse a target that cannot be kept, or that would close the server to others."""
+        if targets.tbt_s is None:
+            return
+        given = f"tbt_slo_ms is {targets.tbt_s * 1000:g}"
+        reason = None
+        if self.facts.tbt_slo_s is None:
+            reason = (
+                "this server keeps no target for the time between tokens: it must be started with "
+                "--tbt-slo"
+            )
+        elif targets.yields:
+            reason = "requests of tier flex wait for others, so they have no such target"
+        else:
+            own = (tier.tbt_s for tier in self._tiers.values() if tier.tbt_s is not None)
+            tightest = min(own, default=self.facts.tbt_slo_s)
+            if targets.tbt_s < tightest:
+                reason = f"this server keeps {tightest * 1000:g} ms at the least"
+        if reason is not None:
+            raise InvalidRequestError(f"{given}; {reason}", "tbt_slo_ms")
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         ids = list(token_ids)
@@ -179,10 +195,11 @@ class Engine:
                 arrived_at=now,
                 seed=mix(seed, index),
                 group=request_id if params.n > 1 else None,
+                is_sibling=index > 0,
                 targets=targets.completed(self._tiers),
             )
             requests.append(request)
-        predicted_s = self._admission.check(requests[0], self.scheduler)
+        predicted_s = self.admission.check(requests[0], params.n, self.scheduler)
         if predicted_s is not None:
             self._predicted_s[ids[0]] = predicted_s
         self._request_ids[request_id] = ids

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stallfree.core.admission import Admission
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.build import build_engine
 from stallfree.engine.outputs import Delta
@@ -66,6 +67,7 @@ class LLM:
 
     def _load(self, settings: EngineSettings, *, show_progress: bool = True) -> None:
         self.engine = build_engine(settings, show_progress=show_progress)
+        self.engine.admission = Admission()  # all prompts of a call may wait
         self.tokenizer = self.engine.tokenizer
         self._num_requests = 0
         self._deltas: dict[str, deque[Delta]] = {}  # of open requests, until they are read

@@ -142,10 +142,6 @@ class SchedulingSettings:
                 f"token_budget is {self.token_budget} and tbt_slo is {self.tbt_slo_s} s: "
                 "the one is chosen from the other; give one of them"
             )
-        if self.tbt_slo_s is not None and not POLICIES[self.scheduler].keeps_budget:
-            raise ConfigError(
-                f"tbt_slo is of no use with scheduler {self.scheduler!r}, which keeps no budget"
-            )
         check_range("max_num_seqs", self.max_num_seqs, 1)
         check_range("max_model_len", self.max_model_len, 2)
         check_range("ttft_slo_s", self.ttft_slo_s, MIN_SLO_S)
@@ -157,19 +153,31 @@ class SchedulingSettings:
                 f"admit_within_slo is {self.admit_within_slo}, but without tbt_slo nothing is "
                 "predicted; give that too"
             )
+        if self.tbt_slo_s is not None and not POLICIES[self.scheduler].never_pauses:
+            raise ConfigError(
+                f"tbt_slo is of no use with scheduler {self.scheduler!r}, whose iterations do not "
+                "all hold every decode and keep a budget; use sarathi"
+            )
         for name, targets in self.tiers.items():
             if targets.tbt_s is not None and self.tbt_slo_s is None:
                 raise ConfigError(f"tier {name} has a tbt, but there is no tbt_slo; give that too")
 
     @property
     def tiers(self) -> dict[str, Targets]:
-        """The targets of each tier."""
-        made = {"default": Targets(ttft_s=self.ttft_slo_s)}
-        made["priority"] = Targets("priority", ttft_s=self.ttft_slo_s)
+        """The targets of each tier: the server's, where it has none of its own."""
+        made = {
+            name: Targets(name, tbt_s=self.tbt_slo_s, ttft_s=self.ttft_slo_s)
+            for name in ("priority", "default")
+        }
+        own: dict[str, Targets] = {}
         for text in self.tier:
             targets = _parse_tier(text)
-            made[targets.tier] = targets
-        return made
+            if targets.tier in own:
+                raise ConfigError(
+                    f"tier {targets.tier} is given twice; give all its targets at once"
+                )
+            own[targets.tier] = targets.completed(made)
+        return made | own
 
 
 def _parse_tier(text: str) -> Targets:
@@ -181,7 +189,8 @@ def _parse_tier(text: str) -> Targets:
     for part in rest.split(","):
         target, _, value = part.strip().partition("=")
         if target not in ("tbt", "ttft") or target in found:
-            raise ConfigError(f"tier is {text!r}; write it as {name}:tbt=100ms,ttft=2s")
+            example = f"{name}:ttft=2s" if name == "flex" else f"{name}:tbt=100ms,ttft=2s"
+            raise ConfigError(f"tier is {text!r}; write it as {example}")
         found[target] = parse_duration(value)
         check_range(f"{target} of tier {name}", found[target], MIN_SLO_S)
     if name == "flex" and "tbt" in found:

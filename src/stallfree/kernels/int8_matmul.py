@@ -227,7 +227,7 @@ def dequantized(sums, row, vector, row_scale, row_zero, matrix, panel_at):
     """16 outputs of a row of a tile as floats, of the panel whose outputs begin at `panel_at`.
 
     Args:
-        matrix: with `scales`, `column_sums` and `bias`, see `layers.Product`.
+        matrix: with `scales`, `column_sums` and `bias`, see `shapes.Product`.
     """
     column = panel_at + vector * LANES
     exact = load_ints(sums, row * PANEL + vector * LANES, matrix.column_sums, column, row_zero)

@@ -1,15 +1,11 @@
 """The forward pass of a decoder of the Llama family in int8: one parallel region for all layers.
 
 All threads run the same phases with a barrier after each, and share a phase's units of work by
-claiming the next one, so that a thread that another process holds up does less of them.
-
-Legend of shapes: T rows (tokens), L layers, H query heads, K key heads, D head size. Sizes are
-padded with zeros, to 64 where matrices have outputs and to 16 elsewhere.
+claiming the next one, so that a thread that another process holds up does less of them. What it
+is given, and the legend of shapes: `shapes.py`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,152 +35,13 @@ from stallfree.kernels.rows import (
     rms_norm,
     write_head,
 )
+from stallfree.kernels.shapes import SLICE_ROWS, Product, Team
 from stallfree.kernels.simd import exp2, fill, load, put, total
 
-SLICE_ROWS = 2048  # at once, where a batch is longer: bounds the memory between matrices
 _STORE, _ADD, _GATE = 0, 1, 2  # what becomes of a product
 _MINUS_LOG2_E = np.float32(-1.4426950408889634)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _INFINITY = np.float32(np.inf)
-
-
-class Product(NamedTuple):
-    """Int8 matrices of all layers, (layers, ...), or one: without the leading dimension.
-
-    Attributes:
-        weights: int8 (L, panels, bytes), as `int8_matmul.pack` lays them out.
-        scales: float32 (L, outputs), of each output.
-        column_sums: int32 (L, outputs), what the weights of each output add up to.
-        bias: float32 (L, outputs), or (L, 0).
-    """
-
-    weights: np.ndarray
-    scales: np.ndarray
-    column_sums: np.ndarray
-    bias: np.ndarray
-
-
-class Layers(NamedTuple):
-    """The weights of all layers.
-
-    Attributes:
-        input_norm, mlp_norm: float32 (L, padded hidden).
-        q_norm, k_norm: float32 (L, D), or (L, 0).
-        qkv, output, down: products.
-        gate_up: a product whose panels hold 32 outputs of the gate and the same 32 of up.
-        windows: int64 (L,), sliding windows in tokens, 0 for none.
-    """
-
-    input_norm: np.ndarray
-    qkv: Product
-    q_norm: np.ndarray
-    k_norm: np.ndarray
-    output: Product
-    mlp_norm: np.ndarray
-    gate_up: Product
-    down: Product
-    windows: np.ndarray
-
-
-class Shape(NamedTuple):
-    """Sizes of the model.
-
-    Attributes:
-        hidden, width: of a row of hidden states, and padded.
-        heads, kv_heads: H and K.
-        depth, head_width: D, and padded.
-        epsilon: of the norms.
-        query_scale: what scores are multiplied by, log2(e) / sqrt(D): weights are powers of 2.
-    """
-
-    hidden: int
-    width: int
-    heads: int
-    kv_heads: int
-    depth: int
-    head_width: int
-    epsilon: np.float32
-    query_scale: np.float32
-
-
-class Work(NamedTuple):
-    """A batch.
-
-    Attributes:
-        token_ids, slots: int64 (T,).
-        angles: float32 (T, 2, D), cosines and sines.
-        groups: int64 (chunks, longest), where each 16 tokens of a chunk's context are in the cache.
-        items: int64 (items, 6): chunk, first row, its position, rows (tokens), which split (or -1:
-            all), and the part it goes to.
-        parts: int64 (T, 2): the first part of a row's splits and how many there are; 0: none.
-    """
-
-    token_ids: np.ndarray
-    slots: np.ndarray
-    angles: np.ndarray
-    groups: np.ndarray
-    items: np.ndarray
-    parts: np.ndarray
-
-
-class Scratch(NamedTuple):
-    """Memory between phases; `thread_*` have a row for each thread.
-
-    Attributes:
-        hidden: float32 (T * padded hidden,).
-        activations: uint8, of `SLICE_ROWS` rows at most, packed.
-        scales, zeros: of those rows: float32, and int32, the activation that stands for zero.
-        wide: float32, of those rows: heads or inner activations.
-        queries, attended: float32 (T * H * D,), padded.
-        part, part_sums, part_tops: float32, outputs of single splits.
-        counter: int64 (1,), units claimed by all threads.
-        barrier: see `openmp.barrier`.
-    """
-
-    hidden: np.ndarray
-    activations: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray
-    wide: np.ndarray
-    queries: np.ndarray
-    attended: np.ndarray
-    part: np.ndarray
-    part_sums: np.ndarray
-    part_tops: np.ndarray
-    counter: np.ndarray
-    barrier: np.ndarray
-    thread_sums: np.ndarray
-    thread_row: np.ndarray
-    thread_queries: np.ndarray
-    thread_out: np.ndarray
-    thread_total: np.ndarray
-    thread_stats: np.ndarray
-    thread_weights: np.ndarray
-    thread_scores: np.ndarray
-    thread_places: np.ndarray
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers: float32, or uint16 that hold float16, (L, elements)."""
-
-    keys: np.ndarray
-    values: np.ndarray
-
-
-class Job(NamedTuple):
-    """One call: everything but the weights."""
-
-    shape: Shape
-    cache: Cache
-    work: Work
-    scratch: Scratch
-
-
-class Team(NamedTuple):
-    """A thread, and how many there are."""
-
-    thread: int
-    threads: int
 
 
 @inlined

@@ -103,7 +103,7 @@ def place_heads(qkv, at, angles, q_norm, k_norm, shape, slot, queries, queries_a
         qkv: of all heads of the token, from `at`; overwritten.
         angles: (2, D): cosines and sines.
         q_norm, k_norm: (D,), or empty.
-        shape: see `layers.Shape`.
+        shape: see `shapes.Shape`.
         slot: of the token.
         queries: get the query heads from `queries_at`, scaled.
         keys, values: of the layer, flat, as `attention` lays them out.
@@ -135,7 +135,7 @@ def merge_splits(first, count, shape, part, part_sums, part_tops, sums, tops, me
 
     Args:
         first, count: its splits in `part` (splits, H * padded D), flat, and those beside.
-        shape: see `layers.Shape`.
+        shape: see `shapes.Shape`.
         sums, tops, merged: scratch, of one number, one number and a head.
         out: gets all heads, from `at`.
     """

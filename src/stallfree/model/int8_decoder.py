@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stallfree.errors import UnsupportedModelError
-from stallfree.kernels import attention, layers
+from stallfree.kernels import attention, layers, shapes
 from stallfree.kernels.int8_matmul import MAX_INPUTS, PANEL, ROWS, column_sums_of, pack, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
@@ -45,12 +45,12 @@ class Int8KVCache:
         width = padded(config.head_dim, LANES)
         self.values = torch.empty((config.num_layers, tokens * width), dtype=dtype)
 
-    def arrays(self) -> layers.Cache:
+    def arrays(self) -> shapes.Cache:
         """What the kernels take: float16 as the uint16 that hold it."""
         keys, values = self.keys, self.values
         if keys.dtype == torch.float16:
             keys, values = keys.view(torch.uint16), values.view(torch.uint16)
-        return layers.Cache(keys.numpy(), values.numpy())
+        return shapes.Cache(keys.numpy(), values.numpy())
 
 
 class Int8Decoder:
@@ -98,7 +98,7 @@ class Int8Decoder:
         reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
-        self._shape = layers.Shape(
+        self._shape = shapes.Shape(
             hidden=config.hidden_size,
             width=padded(config.hidden_size, PANEL),
             heads=config.num_heads,
@@ -138,7 +138,7 @@ class Int8Decoder:
         work, num_parts = self._plan(batch, cache.block_size)
         rows = len(batch.token_ids)
         self._reserve(rows, num_parts)
-        job = layers.Job(self._shape, cache.arrays(), work, self._scratch)
+        job = shapes.Job(self._shape, cache.arrays(), work, self._scratch)
         layers.run(self._threads, self._table, self._layers, job)
         hidden = self._scratch.hidden[: rows * self._shape.width]
         return torch.from_numpy(hidden.reshape(rows, self._shape.width))
@@ -153,8 +153,8 @@ class Int8Decoder:
         if rows > len(self._logits):
             self._logits = np.empty((rows, len(self._head.scales)), dtype=np.float32)
         out = self._logits[:rows]
-        for first in range(0, rows, layers.SLICE_ROWS):
-            some = slice(first, first + layers.SLICE_ROWS)
+        for first in range(0, rows, shapes.SLICE_ROWS):
+            some = slice(first, first + shapes.SLICE_ROWS)
             layers.run_logits(
                 self._threads,
                 hidden[some].numpy(),
@@ -166,7 +166,7 @@ class Int8Decoder:
             )
         return torch.from_numpy(out)[:, : self.config.vocab_size]
 
-    def _plan(self, batch: ModelInput, block_size: int) -> tuple[layers.Work, int]:
+    def _plan(self, batch: ModelInput, block_size: int) -> tuple[shapes.Work, int]:
         """The batch as arrays, and how many splits are computed on their own."""
         block_groups = block_size // attention.GROUP
         longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks) * block_groups
@@ -193,7 +193,7 @@ class Int8Decoder:
                 num_parts += splits
             else:
                 items += self._tiles(index, chunk)
-        work = layers.Work(
+        work = shapes.Work(
             token_ids=np.array(batch.token_ids, dtype=np.int64),
             slots=slots,
             angles=self._rope.at(torch.from_numpy(positions), torch.float32).numpy(),
@@ -222,9 +222,9 @@ class Int8Decoder:
         if rows > capacity or num_parts > len(self._scratch.part_sums) // self.config.num_heads:
             self._scratch = self._make_scratch(max(rows, capacity), num_parts)
 
-    def _make_scratch(self, rows: int, num_parts: int) -> layers.Scratch:
+    def _make_scratch(self, rows: int, num_parts: int) -> shapes.Scratch:
         config, threads = self.config, self._threads
-        sliced = padded(min(rows, layers.SLICE_ROWS), ROWS)
+        sliced = padded(min(rows, shapes.SLICE_ROWS), ROWS)
         width = padded(config.hidden_size, PANEL)
         heads = config.num_heads * config.head_dim
         attended = padded(heads, LANES)
@@ -236,7 +236,7 @@ class Int8Decoder:
         def floats(*shape: int) -> Any:
             return torch.zeros(shape).numpy()
 
-        return layers.Scratch(
+        return shapes.Scratch(
             hidden=floats(rows * width),
             activations=torch.zeros(
                 sliced * max(width, attended, inner), dtype=torch.uint8
@@ -271,13 +271,13 @@ class _Loader:
         self._width = padded(config.hidden_size, PANEL)
         self.num_bytes = 0
 
-    def single(self, name: str) -> layers.Product:
+    def single(self, name: str) -> shapes.Product:
         """The embedding or the output layer."""
         config = self._config
         made = self._empty(1, config.vocab_size, self._width, has_bias=False)
         values, scales = self._reader.int8(name, (config.vocab_size, config.hidden_size))
         self._put(made, 0, values, scales)
-        return layers.Product(*(array[0] for array in made))
+        return shapes.Product(*(array[0] for array in made))
 
     def norm(self, name: str) -> np.ndarray:
         """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
@@ -285,7 +285,7 @@ class _Loader:
         self.num_bytes += weight.nbytes
         return np.asarray(_pad(weight, self._width).clone())
 
-    def all_layers(self, on_layer: Callable[[int], None] | None) -> layers.Layers:
+    def all_layers(self, on_layer: Callable[[int], None] | None) -> shapes.Layers:
         """All layers."""
         config = self._config
         heads = config.num_heads * config.head_dim
@@ -310,7 +310,7 @@ class _Loader:
             self._fill(down, layer, names.down, config.intermediate_size, config.mlp_bias)
             if on_layer is not None:
                 on_layer(layer)
-        return layers.Layers(
+        return shapes.Layers(
             input_norm=np.stack(norms["input"]),
             qkv=qkv,
             q_norm=np.stack(norms["q"]),
@@ -327,7 +327,7 @@ class _Loader:
             return np.empty(0, dtype=np.float32)
         return np.asarray(self._reader.floats(name, (self._config.head_dim,)).float())
 
-    def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> layers.Product:
+    def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
         if inputs > MAX_INPUTS:
             raise UnsupportedModelError(
                 f"a matrix has {inputs:,} inputs; int8 sums of more than {MAX_INPUTS:,} are not "
@@ -336,7 +336,7 @@ class _Loader:
         outputs = padded(outputs, PANEL)
         weights = torch.empty((count, outputs // PANEL, inputs * PANEL), dtype=torch.int8)
         self.num_bytes += weights.nbytes + count * outputs * 8
-        return layers.Product(
+        return shapes.Product(
             weights=weights.numpy(),
             scales=np.zeros((count, outputs), dtype=np.float32),
             column_sums=np.zeros((count, outputs), dtype=np.int32),
@@ -345,7 +345,7 @@ class _Loader:
 
     def _fill(
         self,
-        product: layers.Product,
+        product: shapes.Product,
         layer: int,
         sizes: dict[str, int],
         inputs: int,
@@ -364,7 +364,7 @@ class _Loader:
 
     def _put(
         self,
-        product: layers.Product,
+        product: shapes.Product,
         layer: int,
         values: torch.Tensor,
         scales: torch.Tensor,

@@ -68,13 +68,19 @@ async def detokenize(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Whether requests are taken (200) or not (503), and how many completions there are."""
+    """Whether requests are taken (200) or not (503), and how many completions there are.
+
+    With them, how many iterations were over the latency target because prompts must go on, and by
+    how many seconds in all.
+    """
     service: Service = request.app.state.service
     state = "dead" if service.engine.error else "draining" if service.draining else "ok"
     answer = {
         "status": state,
         "running": service.engine.num_running,
         "waiting": service.engine.num_waiting,
+        "squeezed_iterations": service.engine.squeezed.iterations,
+        "squeezed_s": round(service.engine.squeezed.over_s, 3),
     }
     return JSONResponse(answer, 200 if state == "ok" else 503)
 

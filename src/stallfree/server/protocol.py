@@ -125,8 +125,8 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: Literal[True] | None = None
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
-    tbt_slo_ms: Annotated[float | None, Field(gt=0)] = None
-    ttft_slo_ms: Annotated[float | None, Field(gt=0)] = None
+    tbt_slo_ms: Annotated[float | None, Field(ge=1)] = None
+    ttft_slo_ms: Annotated[float | None, Field(ge=1)] = None
     user: str | None = None
     safety_identifier: str | None = None
 
