@@ -97,11 +97,21 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _targets(options: argparse.Namespace, _: dict[str, Any]) -> dict[str, Any]:
+def _targets(options: argparse.Namespace, parts: dict[str, Any]) -> dict[str, Any]:
     load = _mixed(options)
-    settings = QUICK_SETTINGS if options.quick else SETTINGS
-    runs = [_measure(setting, load, options, summarize) for setting in settings]
+    usual = QUICK_SETTINGS if options.quick else SETTINGS
+    runs = _measure_all(options, parts.get("targets", {}), usual, load)
     return {"load": asdict(load), "runs": runs}
+
+
+def _measure_all(
+    options: argparse.Namespace, stored: dict[str, Any], usual: Sequence[str], load: MixedLoad
+) -> list[dict[str, Any]]:
+    """The runs of these settings; of some others if asked for, beside what is stored."""
+    settings = options.settings or usual
+    kept = [run for run in stored.get("runs", []) if run["name"] not in settings]
+    runs = [_measure(setting, load, options, summarize) for setting in settings]
+    return (kept if options.settings else []) + runs
 
 
 def _contexts(options: argparse.Namespace, parts: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +125,8 @@ def _contexts(options: argparse.Namespace, parts: dict[str, Any]) -> dict[str, A
     )
     best = best_static(parts.get("targets", {}).get("runs", []), CONTEXT_TARGET_MS)
     budget = best["budget"] if best else DEFAULT_BUDGET
-    settings = (f"--tbt-slo {CONTEXT_TARGET_MS}ms", f"--token-budget {budget}")
-    runs = [_measure(setting, load, options, summarize) for setting in settings]
+    usual_settings = (f"--tbt-slo {CONTEXT_TARGET_MS}ms", f"--token-budget {budget}")
+    runs = _measure_all(options, parts.get("contexts", {}), usual_settings, load)
     return {"load": asdict(load), "runs": runs}
 
 
@@ -241,6 +251,12 @@ def _options() -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="8 s of shorter prompts and few settings; stored in the folder for temporary files",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="'FLAGS'",
+        help="of `targets` and `contexts`: only these, as '--tbt-slo=200ms'; stored runs stay",
     )
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is stored")
     parser.add_argument("--rate", type=float, default=RATE, help="prompts per second")

@@ -61,9 +61,6 @@ SPLIT = 1024
 ROWS = 7 if HAS_AVX512 else 4
 ITEM_ROWS = 16 * ROWS  # of an item at most
 _VECTORS = 4 if HAS_AVX512 else 1  # in registers for each row
-_VECTORS_OF_3 = (
-    4 if HAS_AVX512 else 2
-)  # the same where there are three rows: 4 + 3 make a group of 7
 _MAX_PARTS = 4  # that asking for the next stretch is spread over
 CACHE_LINE = 64  # bytes
 LATER = 2 * STRETCH_GROUPS  # where the places of the next stretch are, after those of this
@@ -73,8 +70,8 @@ _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
-def _make_score(rows: int, vectors: int) -> Any:
-    """A function of `rows` queries and the keys of a stretch, some vectors of them at a time."""
+def _make_score(rows: int) -> Any:
+    """A function of `rows` queries and the keys of a stretch."""
 
     @intrinsic
     def score(
@@ -100,15 +97,15 @@ def _make_score(rows: int, vectors: int) -> Any:
                 ]
                 for first in (0, LATER)
             )
-            for first in range(0, STRETCH_GROUPS, vectors):
-                some = groups[first : first + vectors]
+            for first in range(0, STRETCH_GROUPS, _VECTORS):
+                some = groups[first : first + _VECTORS]
                 zero = ir.Constant(F32X16, None)
                 loop = Loop(builder, values[4], [zero] * (rows * len(some)))
                 row_at = offset(builder, q, builder.mul(loop.index, I64(ROWS)))
                 key_at = builder.mul(loop.index, I64(GROUP))
                 columns = [load_floats(builder, offset(builder, k, key_at)) for k in some]
                 fetch_at = builder.add(values[6], builder.mul(loop.index, values[7]))
-                for k in later[first : first + vectors]:
+                for k in later[first : first + _VECTORS]:
                     prefetch(builder, offset(builder, k, fetch_at))
                 made = []
                 for row in range(rows):
@@ -205,10 +202,9 @@ def _make_weigh(rows: int, vectors: int) -> Any:
     return weigh
 
 
-_score1, _score2, _score4, _score_most = (_make_score(rows, _VECTORS) for rows in (1, 2, 4, ROWS))
+_score1, _score2, _score4, _score_most = (_make_score(rows) for rows in (1, 2, 4, ROWS))
 _weigh1, _weigh2, _weigh4, _weigh_most = (_make_weigh(rows, _VECTORS) for rows in (1, 2, 4, ROWS))
 _narrow1, _narrow2, _narrow4, _narrow_most = (_make_weigh(rows, 1) for rows in (1, 2, 4, ROWS))
-_score3, _weigh3 = _make_score(3, _VECTORS_OF_3), _make_weigh(3, _VECTORS_OF_3)
 
 
 @compiled
@@ -218,8 +214,6 @@ def _score(rows, queries, at, keys, places, depth, scores, part, parts):
     later = part * step * depth
     if rows > 4:
         _score_most(queries, at, keys, places, depth, scores, later, step)
-    elif rows == 3:
-        _score3(queries, at, keys, places, depth, scores, later, step)
     elif rows > 2:
         _score4(queries, at, keys, places, depth, scores, later, step)
     elif rows > 1:
@@ -231,23 +225,20 @@ def _score(rows, queries, at, keys, places, depth, scores, part, parts):
 @compiled
 def _weigh(rows, weights, shrink, values, places, count, width, out, at, part, parts):
     """Add weighted values; asks for part `part` of `parts` of the next stretch's values."""
-    lanes = (_VECTORS_OF_3 if rows == 3 else _VECTORS) * LANES
-    turns = width // lanes + width % lanes // LANES
+    turns = width // (_VECTORS * LANES) + width % (_VECTORS * LANES) // LANES
     step = width // (parts * turns)
     later = part * turns * step * GROUP
     column = 0
-    while column + lanes <= width:
+    while column + _VECTORS * LANES <= width:
         if rows > 4:
             _weigh_most(weights, shrink, values, places, count, width, column, out, at, later, step)
-        elif rows == 3:
-            _weigh3(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 2:
             _weigh4(weights, shrink, values, places, count, width, column, out, at, later, step)
         elif rows > 1:
             _weigh2(weights, shrink, values, places, count, width, column, out, at, later, step)
         else:
             _weigh1(weights, shrink, values, places, count, width, column, out, at, later, step)
-        column += lanes
+        column += _VECTORS * LANES
         later += step * GROUP
     while column < width:
         if rows > 4:
