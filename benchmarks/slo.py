@@ -256,7 +256,7 @@ def _options() -> argparse.Namespace:
         "--settings",
         nargs="+",
         metavar="'FLAGS'",
-        help="of `targets` and `contexts`: only these, as '--tbt-slo=200ms'; stored runs stay",
+        help="of `targets` and `contexts`: only these, such as '--tbt-slo 200ms'; stored runs stay",
     )
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is stored")
     parser.add_argument("--rate", type=float, default=RATE, help="prompts per second")
