@@ -97,6 +97,11 @@ def test_the_key_is_never_shown() -> None:
 
 def test_more_threads_than_cpus_is_noted() -> None:
     assert EngineSettings(threads=1).notes == ()
+    assert EngineSettings(tbt_slo_s=0.2, ttft_slo_s=2.0, prefill_order="edf").notes == ()
+    (note,) = EngineSettings(tbt_slo_s=200.0).notes
+    assert "200ms" in note
+    (note,) = EngineSettings(prefill_order="edf").notes
+    assert "ttft_slo_ms" in note
     (note,) = EngineSettings(threads=available_cpus() + 1).notes
     assert f"threads is {available_cpus() + 1}" in note
 

@@ -274,8 +274,21 @@ def test_those_who_need_not_wait_are_not_refused() -> None:
         request = make_request(str(number), 10)
         admission.check(request, 1, scheduler)
         scheduler.add(request)
-    with pytest.raises(OverloadedError, match="22 requests wait"):
+    with pytest.raises(OverloadedError, match="22 requests wait, and no more than 22"):
         admission.check(make_request("more", 10), 1, scheduler)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.num_left_waiting[1] > 2  # a place is no use: they wait for the budget
+    with pytest.raises(OverloadedError, match="requests wait, and no more than 2 may"):
+        admission.check(make_request("late", 10), 1, scheduler)
+
+
+def test_an_idle_server_reads_a_short_prompt_at_once() -> None:
+    device = make_device(slo_s=0.1)
+    request = make_request("short", 2, targets=Targets(ttft_s=0.3))
+    predicted_s = Admission(slo_factor=1.0).check(request, 1, device.scheduler)
+    assert predicted_s is not None
+    assert predicted_s < 0.05
 
 
 def test_a_first_token_that_would_come_too_late_is_refused_with_the_time_to_come_back() -> None:

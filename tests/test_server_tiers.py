@@ -150,6 +150,7 @@ def test_a_full_queue_refuses_and_hurts_nobody(small: RunningServer) -> None:
         assert response.status_code == 429
         assert response.headers["Retry-After"] == "5"
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        assert response.json()["error"]["type"] == "rate_limit_error"
         assert "1 requests wait" in json.dumps(response.json())
     with pytest.raises(RateLimitError):
         small.openai.completions.create(model=MODEL, prompt="no", max_tokens=2)

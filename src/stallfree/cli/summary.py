@@ -20,7 +20,7 @@ def print_summary(
 ) -> None:
     """Print the summary of a server that is ready at `url`."""
     console.print(f"\n[bold]stallfree[/] serves [bold]{escape(facts.model_name)}[/]\n")
-    for label, text in _rows(facts, url).items():
+    for label, text in _rows(facts, engine, url).items():
         console.print(f"  [cyan]{label:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
     for note in engine.notes:
         console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
@@ -48,21 +48,44 @@ def curl_line(url: str, model: str, has_key: bool) -> str:
     return f"curl {address} -H 'Content-Type: application/json'{key} -d {data}"
 
 
-def _rows(facts: EngineFacts, url: str) -> dict[str, str]:
+def _rows(facts: EngineFacts, engine: EngineSettings, url: str) -> dict[str, str]:
     parameters = _count(facts.num_parameters)
     weights = f"weights {_size(facts.weight_bytes)}"
     share = f" ({facts.kv_cache_share:.0%} of what was free)" if facts.kv_cache_share else ""
     cache = f"KV cache {_size(facts.kv_cache_bytes)}{share} = {facts.kv_cache_tokens:,} tokens"
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"
+    targets = {"Targets": text} if (text := _targets(engine)) else {}
     return {
         "Model": f"{facts.architecture}, {parameters} parameters, {facts.dtype}",
         "Memory": f"{weights}, {cache} in blocks of {facts.block_size}",
         "Batching": batching,
+        **targets,
         "Context": f"{facts.max_model_len:,} tokens",
         "Device": f"{facts.device}, {threads}; loaded in {facts.load_s:.1f} s",
         "URL": f"{url}/v1",
     }
+
+
+def _targets(engine: EngineSettings) -> str:
+    """Targets of tiers, the order of prompts and what is refused, where that was asked for."""
+    parts = []
+    for name, targets in engine.tiers.items():
+        times = {"tbt": targets.tbt_s, "ttft": targets.ttft_s}
+        told = [f"{kind} {own_s * 1000:,.0f} ms" for kind, own_s in times.items() if own_s]
+        if told and (targets.ttft_s or len(engine.tier)):
+            parts.append(f"{name} {' and '.join(told)}")
+    if engine.prefill_order != "fcfs":
+        parts.append(f"prompts by {engine.prefill_order}")
+    if engine.fair:
+        parts.append("users take turns")
+    if engine.max_queued_requests is not None:
+        parts.append(f"at most {engine.max_queued_requests:,} requests wait")
+    if engine.max_queued_tokens is not None:
+        parts.append(f"at most {engine.max_queued_tokens:,} tokens wait")
+    if engine.admit_within_slo is not None:
+        parts.append(f"refuses beyond {engine.admit_within_slo:g} times the ttft")
+    return ", ".join(parts)
 
 
 def _budget(facts: EngineFacts) -> str:

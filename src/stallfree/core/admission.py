@@ -75,16 +75,18 @@ class Admission:
         )
 
     def _check_queue(self, request: Request, count: int, scheduler: Scheduler) -> None:
-        """Those for whom there is a place wait for one iteration: they do not count."""
+        """Where the last iteration left nobody waiting, as many more may as there are places."""
         rank, waiting = request.targets.rank, scheduler.waiting
         num_waiting, num_tokens = waiting.num_requests(rank), waiting.num_tokens(rank)
         if num_waiting == 0:
             return
-        places = max(0, scheduler.config.max_num_seqs - len(scheduler.running))
+        places = 0
+        if scheduler.num_left_waiting[rank] == 0:
+            places = max(0, scheduler.config.max_num_seqs - len(scheduler.running))
         limit = self.max_queued_requests
         reason = None
         if limit is not None and num_waiting + count > limit + places:
-            reason = f"{num_waiting} requests wait, and no more than {limit} may"
+            reason = f"{num_waiting} requests wait, and no more than {limit + places} may"
         limit = self.max_queued_tokens
         if limit is not None and num_tokens + request.num_prompt_tokens > limit:
             reason = (
@@ -123,6 +125,12 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
 
 
 def _reading_s(num_tokens: int, load: Load, budget: TokenBudget) -> float | None:
-    """Seconds to read so many tokens of prompts beside what runs, if they can be predicted."""
+    """Seconds to read so many tokens of prompts beside what runs, if they can be predicted.
+
+    With half of the iteration that is under way, where something runs.
+    """
     pace = budget.pace(load)
-    return None if pace is None else num_tokens / pace[0] + pace[1]
+    if pace is None:
+        return None
+    is_busy = bool(load.decodes or load.flex_decodes or load.prefills)
+    return num_tokens / pace[0] + pace[1] / 2 * is_busy

@@ -7,6 +7,7 @@ the time, or what runs the batch.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from stallfree.core.fairness import TokenCounters
 from stallfree.core.load import Load
 from stallfree.core.policies import POLICIES, Candidate, Proposal, View
 from stallfree.core.request import FinishReason, Request, RequestState
+from stallfree.core.targets import RANKS
 from stallfree.core.waiting import PREFILL_ORDERS, WaitingQueue
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
 
@@ -75,6 +77,10 @@ class Scheduler:
         pool: the KV blocks, all of them free.
         budget: asked for the tokens of each iteration, if the policy keeps one.
 
+    Attributes:
+        num_left_waiting: how many requests of each rank and lower ones the last iteration left
+            waiting.
+
     Raises:
         ConfigError: the pool is too small for what the policy reserves for one request.
     """
@@ -92,6 +98,7 @@ class Scheduler:
         watermark = 0 if self.policy.reserves_context else config.watermark
         self._watermark_blocks = int(watermark * pool.num_blocks)
         self._context_blocks = pool.blocks_for(config.max_model_len)
+        self.num_left_waiting = [0] * len(RANKS)
         self._num_arrivals = 0
         self._output: deque[int] = deque(maxlen=_LAST_OUTPUTS)
         self._decodes_ran_last = False
@@ -178,7 +185,13 @@ class Scheduler:
             return None
         batch = self._check(proposals, None if limit is None else max(limit, flex_limit or 0))
         for chunk in batch.chunks:
-            self._launch(chunk.request, now)
+            request = chunk.request
+            if request.state is RequestState.WAITING:
+                self._admit(request)
+            if request.first_scheduled_at is None:
+                request.first_scheduled_at = now
+            request.in_flight = True
+        self.num_left_waiting = [self.waiting.num_requests(rank) for rank in RANKS.values()]
         self._decodes_ran_last = batch.num_decodes > 0
         return batch
 
@@ -374,10 +387,12 @@ class Scheduler:
         chunks = []
         for view, num_tokens in proposals:
             request = view
-            if not isinstance(request, Request) or request.is_finished or request.in_flight:
+            if not isinstance(request, Request) or request.in_flight:
                 raise PolicyError(f"{request} cannot be scheduled")
-            start, size = request.num_computed_tokens, request.num_tokens
-            if request.state is RequestState.WAITING:
+            start, size, state = request.num_computed_tokens, request.num_tokens, request.state
+            if state is RequestState.FINISHED:
+                raise PolicyError(f"{request} has ended")
+            if state is RequestState.WAITING:
                 start = len(self._sharable_blocks(request)) * self.pool.block_size
             if not 1 <= num_tokens <= size - start:
                 raise PolicyError(f"{num_tokens} tokens proposed of {request}")
@@ -391,14 +406,6 @@ class Scheduler:
             raise PolicyError(f"{batch.num_tokens} tokens proposed; the budget is {limit}")
         return batch
 
-    def _launch(self, request: Request, now: float) -> None:
-        """Admit the request if it waits, and mark it as in flight."""
-        if request.state is RequestState.WAITING:
-            self._admit(request)
-        if request.first_scheduled_at is None:
-            request.first_scheduled_at = now
-        request.in_flight = True
-
     def _admit(self, request: Request) -> None:
         shared = self._sharable_blocks(request)
         blocks = self.pool.allocate(self._blocks_to_admit(request) - len(shared))
@@ -407,8 +414,7 @@ class Scheduler:
         request.num_computed_tokens = len(shared) * self.pool.block_size
         request.move_to(RequestState.RUNNING)
         self.waiting.remove(request)
-        self.running.append(request)
-        self.running.sort(key=lambda each: (each.targets.rank, each.arrival))
+        insort(self.running, request, key=lambda each: (each.targets.rank, each.arrival))
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         queue = self.running if request.state is RequestState.RUNNING else self.waiting

@@ -24,6 +24,7 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
 MAX_PORT = 65_535
 MAX_SEED = 2**63 - 1
+LONG_TBT_SLO_S = 10.0  # beyond, it is probably meant in milliseconds
 
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
 
@@ -128,6 +129,15 @@ class EngineSettings(SchedulingSettings):
             notes.append(f"threads is {self.threads}, more than the {cpus} CPUs here")
         if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
             notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")
+        if self.tbt_slo_s is not None and self.tbt_slo_s > LONG_TBT_SLO_S:
+            notes.append(f"tbt_slo is {self.tbt_slo_s:g} s; milliseconds are written as 200ms")
+        has_ttft = any(targets.ttft_s is not None for targets in self.tiers.values())
+        if not has_ttft and self.prefill_order == "edf":
+            notes.append(
+                "prefill_order is edf; without ttft_slo, only a request's ttft_slo_ms counts"
+            )
+        if not has_ttft and self.admit_within_slo is not None:
+            notes.append("admit_within_slo holds for requests that bring a ttft_slo_ms alone")
         return tuple(notes)
 
 

@@ -25,6 +25,8 @@ MAX_MESSAGE_CHARS = 400
 RETRY_AFTER_S = 5
 FAILED = "the server failed on this request; its log says more"
 
+_TYPES = {429: "rate_limit_error"}  # of errors, by status, where it is not that of all others
+
 logger = logging.getLogger("stallfree.server")
 
 
@@ -50,7 +52,7 @@ class ApiError(StallfreeError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.type = "invalid_request_error" if status < 500 else "server_error"
+        self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.param = param
         self.code = code
         self.headers = headers

@@ -85,6 +85,7 @@ class EventStream(Response):
                         await send(start)
                         has_started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await asyncio.sleep(0)  # in a burst, too, notice that the client has left
         except Exception as error:
             if not has_started:
                 raise
