@@ -34,14 +34,16 @@ class Load:
         self.all_have_targets = True
         self.is_scored = False
         for request in requests:
-            if not request.is_decode:
+            outputs = len(request.output_token_ids)
+            num_tokens = request.num_prompt_tokens + outputs
+            if not outputs or num_tokens - request.num_computed_tokens != 1:  # it is no decode
                 self.prefills.append(request)
                 self.is_scored |= request.params.prompt_logprobs is not None
             elif request.is_flex:
                 self.flex_decodes.append(request)
             else:
                 self.decodes.append(request)
-                self.context += request.num_tokens
+                self.context += num_tokens
                 tbt_s = request.targets.tbt_s
                 if tbt_s is None:
                     self.all_have_targets = False

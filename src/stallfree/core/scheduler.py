@@ -249,7 +249,7 @@ class Scheduler:
             if request.pending_finish is not None:
                 self._end(request, request.pending_finish)
                 continue
-            request.num_computed_tokens = chunk.stop
+            request.num_computed_tokens = chunk.start + chunk.num_tokens
             if self._counters is not None:
                 prompt_tokens = 0 if chunk.is_decode else chunk.num_tokens
                 self._counters.charge(request.targets.user, prompt_tokens, token_id is not None)
@@ -389,7 +389,8 @@ class Scheduler:
             request = view
             if not isinstance(request, Request) or request.in_flight:
                 raise PolicyError(f"{request} cannot be scheduled")
-            start, size, state = request.num_computed_tokens, request.num_tokens, request.state
+            start, state = request.num_computed_tokens, request.state
+            size = request.num_prompt_tokens + len(request.output_token_ids)
             if state is RequestState.FINISHED:
                 raise PolicyError(f"{request} has ended")
             if state is RequestState.WAITING:
