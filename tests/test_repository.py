@@ -19,6 +19,8 @@ LAYERS = (
     "executor",
     "engine",
     "server",
+    "bench",
+    "sim",
     "cli",
 )  # each imports those before it
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -66,6 +68,16 @@ def test_the_core_needs_only_the_standard_library(path: Path) -> None:
         if module.split(".")[0] not in {*sys.stdlib_module_names, "stallfree"}
     }
     assert not foreign
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "bench").glob("*.py")), ids=lambda p: p.stem)
+def test_the_load_generator_knows_nothing_of_the_engine(path: Path) -> None:
+    inside = {
+        module
+        for _, module in imported_modules(path)
+        if module.startswith("stallfree.") and module.split(".")[1] not in {"bench", "errors"}
+    }
+    assert not inside
 
 
 def test_importing_the_scheduler_loads_nothing_but_the_standard_library() -> None:

@@ -1,0 +1,1 @@
+"""Measuring a server from outside: workloads, a load generator, capacity search, reports."""
