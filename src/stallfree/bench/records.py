@@ -14,7 +14,7 @@ class Failure:
     """Why a request was not answered to its end.
 
     Attributes:
-        kind: one word for tables: "refused" (status 429), "rejected" (another status), "unreachable"
+        kind: for tables: "refused" (status 429), "rejected" (another status), "unreachable"
             (no connection), "broken" (it ended in the middle), "garbage" (no event stream, or one
             that cannot be read), "not_streaming" (the whole answer in one piece), "timeout".
         message: what is known of it.
