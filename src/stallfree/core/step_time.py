@@ -19,6 +19,7 @@ from stallfree.core.batch import Batch
 TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SWEEPS = 3000
 _SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
+_SLOW_STEPS = 3  # whose median is believed at once if it is slower: 2 of them move it, 1 cannot
 _SCATTER_STEPS = 200
 _ENOUGH_STEPS = 30  # to forget the scatter of the profile
 _SCATTER_QUANTILE = 0.95  # at most: a few iterations have no say in it
@@ -215,7 +216,9 @@ class StepTimePredictor:
     those around it, so that a change of speed is not taken for scatter; not as the highest, which
     a single iteration would set. It is corrected by its own success: a miss widens it, hits narrow
     it, so that in the long run the share of hits is the quantile that was asked for (adaptive
-    conformal inference, arXiv 2106.00170).
+    conformal inference, arXiv 2106.00170). Where the last three iterations alone are slower than
+    the speed, it is wider by as much: two slow ones are believed before the speed follows, as each
+    further one would be over its target.
 
     Args:
         model: what was measured.
@@ -240,6 +243,7 @@ class StepTimePredictor:
         # of the iteration in the middle of `_recent` and those after: the speed before, and a miss
         self._judged: deque[tuple[float, bool]] = deque(maxlen=_SPEED_STEPS - _SPEED_STEPS // 2)
         self.speed = 1.0
+        self._slowdown = 1.0  # of the last few iterations beyond the speed
 
     def seconds(self, shape: BatchShape) -> float:
         """Predicted seconds: as likely too low as too high."""
@@ -253,7 +257,7 @@ class StepTimePredictor:
             last = len(self._sorted) - 1
             share = min(self.quantile, _SCATTER_QUANTILE)
             scatter = self._sorted[min(last, int(share * len(self._sorted)))]
-        return max(1.0, scatter + self._correction)
+        return max(1.0, scatter + self._correction) * self._slowdown
 
     def observe(self, shape: BatchShape, seconds: float) -> None:
         """Learn from an iteration that took `seconds`."""
@@ -263,7 +267,9 @@ class StepTimePredictor:
         predicted = self.speed * expected
         self._judged.append((self.speed, seconds > predicted * self.margin))
         self._recent.append((expected, seconds / expected))
-        self.speed = median(ratio for _, ratio in self._recent)
+        ratios = [ratio for _, ratio in self._recent]
+        self.speed = median(ratios)
+        self._slowdown = max(1.0, median(ratios[-_SLOW_STEPS:]) / self.speed)
         self._learn(shape, seconds / (self.speed * expected) - 1, expected)
         if len(self._recent) == _SPEED_STEPS:
             expected, ratio = self._recent[_SPEED_STEPS // 2]
