@@ -1,8 +1,4 @@
-"""The engine: the one loop that owns time and order.
-
-A step is three calls: schedule, execute, complete. With a model executor and the wall clock it
-serves; with a simulated executor and a clock that jumps it simulates. Single-threaded.
-"""
+"""The engine: requests in, deltas of text out, one iteration a step. Single-threaded."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.loop import Loop, OneStage
 from stallfree.engine.outputs import Delta
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError
@@ -65,6 +62,7 @@ class Engine:
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
         self.admission = admission or Admission()
+        self._loop = Loop(scheduler, OneStage(lambda: self.executor), clock)
         self._seed = seed
         self._num_added = 0
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
@@ -219,26 +217,21 @@ class Engine:
         Raises:
             EngineError: requests wait but none can run, which is a bug.
         """
-        started = self.clock.now()
-        batch = self.scheduler.schedule(started)
-        if batch is None:
+        if not self._loop.dispatch():
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
             return []
-        try:
-            output = self.executor.execute(batch)
-        except Exception as error:
-            logger.exception("an iteration of %d tokens failed", batch.num_tokens)
+        iteration = self._loop.collect()
+        batch, error = iteration.batch, iteration.error
+        if iteration.output is None:
+            assert error is not None, "an iteration gives an output or an error"
+            if not isinstance(error, Exception):  # an interrupt
+                self._fail(batch, error)
+                raise error
+            logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
             return self._fail(batch, error)
-        except BaseException as error:  # an interrupt: leave nothing in flight behind
-            self._fail(batch, error)
-            raise
-        for chunk, sample in zip(batch.sampling, output.samples, strict=True):
-            if sample.error is not None:
-                self.scheduler.finish(chunk.request, FinishReason.ERROR)
-        self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
-        deltas = self._report(batch, output)
-        self.scheduler.budget.observe(batch, self.clock.now() - started)
+        deltas = self._report(batch, iteration.output)
+        self._loop.observe(iteration)
         return deltas
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
@@ -271,7 +264,6 @@ class Engine:
             first_token_logger.info(message, request.request_id, tier, predicted_s, came_s)
 
     def _fail(self, batch: Batch, error: BaseException) -> list[Delta]:
-        self.scheduler.fail(batch)
         message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
         completions = [self._completions.get(chunk.request.request_id) for chunk in batch.chunks]
         return [self._failure(each, message) for each in completions if each is not None]

@@ -57,3 +57,22 @@ class Executor(Protocol):
     def execute(self, batch: Batch) -> ExecutorOutput:
         """Run `batch` and sample. Any exception fails the requests of the batch, and only them."""
         ...
+
+
+class Pipeline(Protocol):
+    """Runs several batches at once, each a stage further than the next.
+
+    Attributes:
+        num_stages: most batches in flight.
+    """
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def submit(self, batch: Batch) -> None:
+        """Start a batch; there are fewer than `num_stages` in flight."""
+        ...
+
+    def collect(self) -> ExecutorOutput:
+        """Wait for the oldest batch in flight. An exception fails its requests, and only them."""
+        ...

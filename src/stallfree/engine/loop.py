@@ -1,0 +1,112 @@
+"""The loop: schedule, submit, collect, complete. The server and the simulator run this one.
+
+It owns the order of these calls and the batches in flight. It knows nothing of text, clients, or
+whether time passes by itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stallfree.core.batch import Batch
+from stallfree.core.request import FinishReason
+from stallfree.core.scheduler import Scheduler
+from stallfree.engine.clock import Clock
+from stallfree.executor.output import Executor, ExecutorOutput, Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """A batch that came back.
+
+    Attributes:
+        batch: what ran.
+        started_s: when it was scheduled, by the clock.
+        output: what came of it; None if it failed.
+        error: why it failed.
+    """
+
+    batch: Batch
+    started_s: float
+    output: ExecutorOutput | None = None
+    error: BaseException | None = None
+
+
+class Loop:
+    """Runs a scheduler's batches, as many at once as the pipeline has stages.
+
+    Args:
+        scheduler: decides each iteration.
+        pipeline: runs them.
+        clock: says when.
+    """
+
+    def __init__(self, scheduler: Scheduler, pipeline: Pipeline, clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.pipeline = pipeline
+        self.clock = clock
+        self._in_flight: deque[tuple[Batch, float]] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches that were submitted and have not been collected."""
+        return len(self._in_flight)
+
+    def dispatch(self) -> bool:
+        """Schedule and submit a batch; False if there is no room for one, or nothing to run."""
+        if len(self._in_flight) >= self.pipeline.num_stages:
+            return False
+        now = self.clock.now()
+        batch = self.scheduler.schedule(now)
+        if batch is None:
+            return False
+        self._in_flight.append((batch, now))
+        self.pipeline.submit(batch)
+        return True
+
+    def collect(self) -> Iteration:
+        """Wait for the oldest batch in flight and complete it.
+
+        If it failed, its requests have ended, and no others.
+        """
+        batch, started_s = self._in_flight.popleft()
+        try:
+            output = self.pipeline.collect()
+        except BaseException as error:  # an interrupt too: leave nothing in flight behind
+            self.scheduler.fail(batch)
+            return Iteration(batch, started_s, error=error)
+        for chunk, sample in zip(batch.sampling, output.samples, strict=True):
+            if sample.error is not None:
+                self.scheduler.finish(chunk.request, FinishReason.ERROR)
+        self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
+        return Iteration(batch, started_s, output)
+
+    def observe(self, iteration: Iteration) -> None:
+        """Tell the budget how long an iteration took, all that was done for it included."""
+        self.scheduler.budget.observe(iteration.batch, self.clock.now() - iteration.started_s)
+
+
+class OneStage:
+    """A `Pipeline` of one stage: an executor that runs a batch when it is collected.
+
+    Args:
+        executor: gives the executor, asked each time.
+    """
+
+    num_stages = 1
+
+    def __init__(self, executor: Callable[[], Executor]) -> None:
+        self._executor = executor
+        self._batch: Batch | None = None
+
+    def submit(self, batch: Batch) -> None:
+        """Keep the batch."""
+        self._batch = batch
+
+    def collect(self) -> ExecutorOutput:
+        """Run it."""
+        batch, self._batch = self._batch, None
+        assert batch is not None, "nothing was submitted"
+        return self._executor().execute(batch)
