@@ -42,6 +42,7 @@ class SchedulerConfig:
         max_model_len: longest context in tokens, prompt and output together.
         watermark: share of the blocks that admissions leave free for running requests to grow,
             where the policy does not reserve for that.
+        num_stages: batches that are in flight at once; each takes its share of the decodes.
         prefill_order: a name in `PREFILL_ORDERS`.
         is_fair: whether users take turns (see `fairness`).
 
@@ -53,6 +54,7 @@ class SchedulerConfig:
     max_num_seqs: int = 128
     max_model_len: int = 4096
     watermark: float = 0.01
+    num_stages: int = 1
     prefill_order: str = "fcfs"
     is_fair: bool = False
 
@@ -102,6 +104,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._output: deque[int] = deque(maxlen=_LAST_OUTPUTS)
         self._decodes_ran_last = False
+        self._left_out: set[str] = set()  # decodes that the last batch had no share for
         if self.policy.reserves_context and self._context_blocks > pool.num_blocks:
             raise ConfigError(
                 f"scheduler {config.policy} reserves the full context of {config.max_model_len} "
@@ -156,6 +159,8 @@ class Scheduler:
         may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
         if may_admit:
             ready = self._displace_flex(ready)
+        if self.config.num_stages > 1:
+            ready = self._share(ready)
         load = Load(ready)
         limit = admissions = None
         if self.policy.keeps_budget:
@@ -259,6 +264,42 @@ class Scheduler:
                 if reason is not None:
                     self._end(request, reason)
 
+    def num_repeats(self, batch: Batch) -> int:
+        """How many more iterations hold what a completed batch held, if nobody arrives or leaves.
+
+        Zero unless all that runs are decodes, nobody waits, and only their lengths end them.
+        """
+        running = self.running
+        if len(self.waiting) or len(running) != batch.num_decodes or not running:
+            return 0
+        if len(batch.chunks) != len(running) or not all([r.is_decode for r in running]):
+            return 0
+        if any([not r.params.ignore_eos or r.params.stop_token_ids for r in running]):
+            return 0
+        count = min([request.max_tokens - len(request.output_token_ids) for request in running]) - 1
+        missing = sum([self._missing_blocks(request, count) for request in running])
+        return count if missing <= self.pool.num_free else 0
+
+    def _missing_blocks(self, request: Request, count: int) -> int:
+        """Blocks that a request lacks for `count` more decodes."""
+        last = request.num_tokens + count - 1
+        return max(0, self.pool.blocks_for(last) - len(request.block_table))
+
+    def repeat(self, batch: Batch, token_id: int, count: int) -> None:
+        """Take the results of `count` more iterations like `batch`, at most `num_repeats` of it.
+
+        As if each had been scheduled and completed with `token_id` for every request.
+        """
+        for chunk in batch.chunks:
+            request = chunk.request
+            missing = self._missing_blocks(request, count)
+            request.block_table += self.pool.allocate(missing)
+            request.num_computed_tokens += count
+            request.output_token_ids += [token_id] * count
+            if self._counters is not None:
+                for _ in range(count):
+                    self._counters.charge(request.targets.user, 0, True)
+
     def fail(self, batch: Batch) -> None:
         """End every request of a batch that could not be run."""
         for chunk in batch.chunks:
@@ -309,6 +350,18 @@ class Scheduler:
                 request.block_table += self.pool.allocate(missing)
                 ready.append(request)
         return ready
+
+    def _share(self, ready: list[Request]) -> list[Request]:
+        """Without the decodes that are beyond this batch's share of all, as others are in flight.
+
+        Those that the last batch left out go first.
+        """
+        decodes = [request for request in ready if request.is_decode]
+        num_decodes = sum(request.num_output_tokens > 0 for request in self.running)
+        share = -(-num_decodes // self.config.num_stages)
+        decodes.sort(key=lambda request: request.request_id not in self._left_out)
+        self._left_out = {request.request_id for request in decodes[share:]}
+        return [request for request in ready if request.request_id not in self._left_out]
 
     def _displace_flex(self, ready: list[Request]) -> list[Request]:
         """Preempt `flex` requests, the latest first, while one of another tier lacks their room.

@@ -1,0 +1,98 @@
+"""What is simulated: step times, memory and the settings of scheduling, made into replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stallfree.core.batch import Batch, Chunk
+from stallfree.core.blocks import BlockPool
+from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
+from stallfree.core.request import Request
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.scheduler import Scheduler, SchedulerConfig
+from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor, fit
+from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.sim.replica import Replica
+from stallfree.sim.times import StageTimes
+
+DEFAULT_TOKEN_BUDGET = 512
+BLOCK_TOKENS = 16
+_MOST_TOKENS = 8192  # of an iteration that a target leaves room for
+_CHUNKS = (0, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_DECODES = (0, 1, 8, 32, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A server that is not here.
+
+    Attributes:
+        times: of its pipeline, for a seed.
+        settings: of scheduling.
+        kv_cache_tokens: tokens that the KV cache of a replica holds.
+        max_model_len: longest context in tokens.
+        tile_tokens: what prefill chunks are cut to.
+        known_times: what a budget with a target begins with; None: fitted to `times`.
+    """
+
+    times: Callable[[int], StageTimes]
+    settings: SchedulingSettings
+    kv_cache_tokens: int
+    max_model_len: int
+    tile_tokens: int = 1
+    known_times: StepTimeModel | None = None
+
+    def replica(self, seed: int = 0) -> Replica:
+        """A new replica, idle and empty.
+
+        Args:
+            seed: of what is random in its times.
+
+        Raises:
+            ConfigError: its memory is too small for what the policy reserves for one request.
+        """
+        times = self.times(seed)
+        config = SchedulerConfig(
+            self.settings.scheduler,
+            self.settings.max_num_seqs,
+            self.max_model_len,
+            num_stages=times.num_stages,
+            prefill_order=self.settings.prefill_order,
+            is_fair=self.settings.fair,
+        )
+        pool = BlockPool(max(1, self.kv_cache_tokens // BLOCK_TOKENS), BLOCK_TOKENS)
+        return Replica(Scheduler(config, pool, self._budget(times)), times)
+
+    def _budget(self, times: StageTimes) -> TokenBudget:
+        target_s = self.settings.tbt_slo_s
+        if target_s is None:
+            tokens = self.settings.token_budget or DEFAULT_TOKEN_BUDGET
+            return StaticBudget(tokens, self.tile_tokens)
+        known = self.known_times or fitted(times, self.max_model_len)
+        predictor = StepTimePredictor(known, relevant_s=target_s / 4)
+        return SloBudget(
+            target_s, predictor, tile_tokens=self.tile_tokens, max_tokens=_MOST_TOKENS
+        )
+
+
+def fitted(times: StageTimes, max_model_len: int) -> StepTimeModel:
+    """A step-time model of what a whole pipeline takes for a batch."""
+    samples = []
+    contexts = sorted({max_model_len // 16, max_model_len // 4, max_model_len - 1})
+    for num_tokens in _CHUNKS:
+        for num_decodes in _DECODES:
+            for context in contexts:
+                start = max(0, min(context, max_model_len - num_tokens))
+                batch = _batch(num_tokens, start, num_decodes, context)
+                if batch.chunks:
+                    samples.append((BatchShape.of(batch), sum(times.seconds(batch))))
+    return fit(samples)
+
+
+def _batch(num_tokens: int, start: int, num_decodes: int, context: int) -> Batch:
+    request = Request("sample", (0,), SamplingParams(), max_tokens=1)
+    chunks = [Chunk(request, context, 1, samples=True, is_decode=True)] * num_decodes
+    if num_tokens:
+        chunks.append(Chunk(request, start, num_tokens, samples=True, is_decode=False))
+    return Batch(chunks)
