@@ -22,9 +22,7 @@ from stallfree.sim.simulation import Simulation, simulate
 from stallfree.sim.system import System, fitted
 from stallfree.sim.times import ProfiledTimes
 
-MODEL = StepTimeModel(
-    0.02, (1, 512), (0.1,), 1e-8, 1e-7, 1e-5, scatter=(0.9, 1.0, 1.0, 1.05, 1.3)
-)
+MODEL = StepTimeModel(0.02, (1, 512), (0.1,), 1e-8, 1e-7, 1e-5, scatter=(0.9, 1.0, 1.0, 1.05, 1.3))
 
 
 class Linear:

@@ -272,9 +272,9 @@ class Scheduler:
         running = self.running
         if len(self.waiting) or len(running) != batch.num_decodes or not running:
             return 0
-        if len(batch.chunks) != len(running) or not all([r.is_decode for r in running]):
+        if len(batch.chunks) != len(running) or not all(r.is_decode for r in running):
             return 0
-        if any([not r.params.ignore_eos or r.params.stop_token_ids for r in running]):
+        if any(not r.params.ignore_eos or r.params.stop_token_ids for r in running):
             return 0
         count = min([request.max_tokens - len(request.output_token_ids) for request in running]) - 1
         missing = sum([self._missing_blocks(request, count) for request in running])

@@ -92,7 +92,8 @@ class SimulatedPipeline:
 
         For one stage. Returns each of them with the time of its end, at most `most`.
         """
-        at_s, stage, done = self._clock.now(), self.stages[0], []
+        at_s, stage = self._clock.now(), self.stages[0]
+        done: list[tuple[Batch, float]] = []
         while len(done) < most:
             batch = Batch(
                 [Chunk(each.request, each.start + 1, 1, True, True) for each in batch.chunks]
@@ -113,7 +114,7 @@ class SimulatedPipeline:
         """Why stages idle before a batch with so many tokens of prompts."""
         if self._was_starved:
             return Bubble.NO_WORK
-        if not prefill and not self._last_prefill or prefill == self._last_prefill:
+        if prefill == self._last_prefill:
             return Bubble.PB3
         return Bubble.PB1 if prefill and self._last_prefill else Bubble.PB2
 
