@@ -18,15 +18,19 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from stallfree.cli.config_file import read_config_file
 from stallfree.cli.sampling import SamplingSettings
+from stallfree.cli.system_options import SystemSettings
 from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.flags import Setting, settings_of
+from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.engine.settings import EngineSettings, ServerSettings
 
 SETTINGS_CLASSES: tuple[type, ...] = (
     EngineSettings,
+    SchedulingSettings,
     ServerSettings,
     SamplingSettings,
     WorkloadSettings,
+    SystemSettings,
 )
 
 ConfigOption = Annotated[

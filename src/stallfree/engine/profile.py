@@ -83,17 +83,33 @@ def measure_profile(
 
 
 def write_profile(path: Path, profile: Profile, facts: EngineFacts) -> None:
-    """Write a profile of the engine with these facts as JSON.
+    """Write a profile of the engine with these facts as JSON, its tile being that of its chunks.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    content = json.dumps({"identity": _identity(facts), **asdict(profile)}, indent=1).encode()
+    tile_tokens = max(profile.tile_tokens, facts.tile_tokens)
+    content = {"identity": _identity(facts), **asdict(profile), "tile_tokens": tile_tokens}
+    text = json.dumps(content, indent=1).encode()
     try:
-        with atomic_file(path, len(content)) as file:
-            file.write(content)
+        with atomic_file(path, len(text)) as file:
+            file.write(text)
     except ModelError as error:
         raise ConfigError(f"the profile cannot be written to {path}: {error}") from error
+
+
+def read_profile(path: Path) -> Profile:
+    """Read what `write_profile` wrote.
+
+    Raises:
+        ConfigError: it is not there, or is something else.
+    """
+    profile = _read(path)
+    if profile is None:
+        raise ConfigError(
+            f"{path} holds no profile; make one with `stallfree profile --output {path}`"
+        )
+    return profile
 
 
 def tile_sizes(expected: int) -> range:

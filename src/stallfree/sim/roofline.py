@@ -89,11 +89,15 @@ class Roofline:
         self._layers = [layers + (stage < more) for stage in range(pipeline_parallel)]
 
     @property
+    def num_devices(self) -> int:
+        """Of a replica."""
+        return self.tensor_parallel * self.num_stages
+
+    @property
     def kv_cache_tokens(self) -> int:
         """Tokens whose KV fits beside the weights in nine tenths of all devices' memory."""
-        devices = self.tensor_parallel * self.num_stages
         weights = self.model.num_parameters * self.model.bytes_per_parameter
-        free = 0.9 * devices * self.device.memory_bytes - weights
+        free = 0.9 * self.num_devices * self.device.memory_bytes - weights
         return max(0, int(free / self.model.kv_bytes_per_token))
 
     def seconds(self, batch: Batch) -> Sequence[float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from stallfree.bench.workload import Arrival
+from stallfree.errors import ConfigError
 from stallfree.sim.replica import Replica
 
 _AFFINE_FACTOR = 1.5  # of the least work, up to which a request goes where its prefix is
@@ -68,3 +69,14 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "least-work": LeastWork,
     "prefix-affine": PrefixAffine,
 }
+
+
+def make_router(name: str) -> Router:
+    """A new router.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in ROUTERS:
+        raise ConfigError(f"router is {name!r}; it must be one of {', '.join(ROUTERS)}")
+    return ROUTERS[name]()

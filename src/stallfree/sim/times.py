@@ -32,21 +32,21 @@ class ProfiledTimes:
         model: what was measured.
         seed: of the scatter; None for none. Each iteration takes its prediction times one that is
             drawn from those that were seen, so that a run has the machine's tail as well.
-        overhead_s: what an iteration takes beside what was profiled.
+        sequence_s: what each request of an iteration takes beside what was profiled.
     """
 
     num_stages = 1
 
     def __init__(
-        self, model: StepTimeModel, seed: int | None = None, overhead_s: float = 0.0
+        self, model: StepTimeModel, seed: int | None = None, sequence_s: float = 0.0
     ) -> None:
         self._model = model
         self._random = None if seed is None or not model.scatter else random.Random(seed)
-        self._overhead_s = overhead_s
+        self._sequence_s = sequence_s
 
     def seconds(self, batch: Batch) -> Sequence[float]:
         """The prediction, scattered."""
         seconds = self._model.seconds(BatchShape.of(batch))
         if self._random is not None:
             seconds *= self._random.choice(self._model.scatter)
-        return (seconds + self._overhead_s,)
+        return (seconds + self._sequence_s * len(batch.chunks),)

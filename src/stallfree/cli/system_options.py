@@ -1,0 +1,182 @@
+"""The flags that say what is simulated: a device and a model, or a profile of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from stallfree.engine.flags import Flag, check_range, check_types
+from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.errors import ConfigError
+from stallfree.sim.data import load_device, load_model_shape
+
+if TYPE_CHECKING:
+    from stallfree.sim.system import System
+
+PROFILED_KV_TOKENS, PROFILED_CONTEXT = 262_144, 32_768
+_PANEL = "System"
+_ROOFLINE_ONLY = ("device", "model", "tensor_parallel_size", "pipeline_parallel_size", "launch_us")
+
+
+@dataclass(frozen=True, slots=True)
+class SystemSettings:
+    """What is simulated.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range, or two exclude each other.
+    """
+
+    model: Annotated[
+        str | None,
+        Flag(
+            "Sizes of a model: mistral-7b, yi-34b, llama2-70b, falcon-180b, or a TOML file like "
+            "those.",
+            "NAME",
+            unset="none; a profile knows its own",
+            panel=_PANEL,
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        Flag(
+            "What it runs on: a100-80gb, a100-80gb-pcie, a40-48gb, h100-80gb, or a TOML file.",
+            "NAME",
+            unset="none",
+            panel=_PANEL,
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int, Flag("Devices that share each layer.", "DEVICES", panel=_PANEL)
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        int, Flag("Stages that share the layers.", "STAGES", panel=_PANEL)
+    ] = 1
+    is_one_node: Annotated[
+        bool,
+        Flag(
+            "All devices are in one node. Otherwise each stage has a node of its own, and a single "
+            "stage is spread over two.",
+            "",
+            name="one_node",
+            panel=_PANEL,
+        ),
+    ] = True
+    profile: Annotated[
+        Path | None,
+        Flag(
+            "Step times that `stallfree profile --output` measured, instead of a device.",
+            "FILE.json",
+            unset="none",
+            panel=_PANEL,
+        ),
+    ] = None
+    launch_us: Annotated[
+        float,
+        Flag(
+            "Microseconds of the processor to launch a layer, which takes at least that.",
+            "US",
+            panel=_PANEL,
+        ),
+    ] = 0.0
+    sequence_us: Annotated[
+        float,
+        Flag(
+            "Microseconds of the processor for each request of an iteration, beside the devices.",
+            "US",
+            panel=_PANEL,
+        ),
+    ] = 0.0
+    kv_cache_tokens: Annotated[
+        int | None,
+        Flag(
+            "Tokens that the KV cache of a replica holds.",
+            "TOKENS",
+            unset=f"what nine tenths of the memory leave; {PROFILED_KV_TOKENS:,} with a profile",
+            panel=_PANEL,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range("tensor_parallel_size", self.tensor_parallel_size, 1, 64)
+        check_range("pipeline_parallel_size", self.pipeline_parallel_size, 1, 64)
+        check_range("launch_us", self.launch_us, 0, 1e6)
+        check_range("sequence_us", self.sequence_us, 0, 1e6)
+        check_range("kv_cache_tokens", self.kv_cache_tokens, 16)
+        if self.profile is None:
+            if self.model is None or self.device is None:
+                raise ConfigError(
+                    "nothing to simulate: give --model and --device, such as --model yi-34b "
+                    "--device a100-80gb --tensor-parallel-size 2, or --profile FILE.json"
+                )
+            return
+        blank = {"device": None, "model": None, "launch_us": 0.0}
+        for name in _ROOFLINE_ONLY:
+            if getattr(self, name) != blank.get(name, 1):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; a profile has its own")
+
+    def system(self, scheduling: SchedulingSettings) -> System:
+        """The system, with these settings of scheduling.
+
+        Raises:
+            ConfigError: a name or a file is not known, or the model does not fit the devices.
+        """
+        return self._profiled(scheduling) if self.profile else self._roofline(scheduling)
+
+    def _roofline(self, scheduling: SchedulingSettings) -> System:
+        from stallfree.sim.roofline import Efficiency, Roofline
+        from stallfree.sim.system import System
+
+        device, model = load_device(self.device or ""), load_model_shape(self.model or "")
+        efficiency = Efficiency(
+            launch_s=self.launch_us * 1e-6, sequence_s=self.sequence_us * 1e-6
+        )
+        times = Roofline(
+            device,
+            model,
+            self.tensor_parallel_size,
+            self.pipeline_parallel_size,
+            efficiency,
+            is_one_node=self.is_one_node,
+        )
+        context = scheduling.max_model_len or model.max_context
+        if times.kv_cache_tokens < context and self.kv_cache_tokens is None:
+            raise ConfigError(
+                f"{model.name} on {times.num_devices} x {device.name} leaves room for "
+                f"{times.kv_cache_tokens:,} tokens of KV cache, and the context is {context:,}: "
+                "take more devices"
+            )
+        return System(
+            lambda _: times,
+            scheduling,
+            self.kv_cache_tokens or times.kv_cache_tokens,
+            context,
+            tile_tokens=efficiency.tile_tokens,
+        )
+
+    def _profiled(self, scheduling: SchedulingSettings) -> System:
+        from stallfree.engine.profile import read_profile
+        from stallfree.sim.system import System
+        from stallfree.sim.times import ProfiledTimes
+
+        assert self.profile is not None, "there is a profile"
+        profile = read_profile(self.profile)
+        sequence_s = self.sequence_us * 1e-6
+        return System(
+            lambda seed: ProfiledTimes(profile.times, seed, sequence_s),
+            scheduling,
+            self.kv_cache_tokens or PROFILED_KV_TOKENS,
+            scheduling.max_model_len or PROFILED_CONTEXT,
+            tile_tokens=profile.tile_tokens,
+            known_times=profile.times,
+        )
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What is simulated, for people."""
+        if self.profile is not None:
+            return {"profile": str(self.profile), "sequence_us": self.sequence_us}
+        split = f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
+        overhead = {"launch_us": self.launch_us, "sequence_us": self.sequence_us}
+        return {"model": self.model, "device": self.device, "split": split, **overhead}
