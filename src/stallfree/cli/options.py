@@ -17,6 +17,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from stallfree.cli.config_file import read_config_file
+from stallfree.cli.endpoint_options import EndpointSettings, SloSettings
 from stallfree.cli.sampling import SamplingSettings
 from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.flags import Setting, settings_of
@@ -27,6 +28,8 @@ SETTINGS_CLASSES: tuple[type, ...] = (
     ServerSettings,
     SamplingSettings,
     WorkloadSettings,
+    EndpointSettings,
+    SloSettings,
 )
 
 ConfigOption = Annotated[
