@@ -91,15 +91,14 @@ def test_an_arrival_waits_for_the_iteration_under_way() -> None:
 @given(
     seed=st.integers(0, 10_000),
     policy=st.sampled_from(["sarathi", "vllm", "orca", "faster_transformer", "simple_chunking"]),
-    fair=st.booleans(),
     slo=st.booleans(),
     num_clients=st.sampled_from([None, 1, 3]),
 )
 def test_repeated_iterations_change_nothing(
-    seed: int, policy: str, fair: bool, slo: bool, num_clients: int | None
+    seed: int, policy: str, slo: bool, num_clients: int | None
 ) -> None:
     target = {"tbt_slo_s": 0.15} if slo and policy == "sarathi" else {}
-    made = profiled(scheduler=policy, fair=fair, **target)
+    made = profiled(scheduler=policy, **target)
 
     def records(replica: Replica) -> list[tuple[object, ...]]:
         workload = Workload(tuple(random_arrivals(seed, 25)), num_clients)

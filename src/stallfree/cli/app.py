@@ -16,8 +16,10 @@ from stallfree.cli.bench import bench
 from stallfree.cli.chat import chat
 from stallfree.cli.generate import generate
 from stallfree.cli.options import with_settings
+from stallfree.cli.plan import plan
 from stallfree.cli.profile import profile
 from stallfree.cli.serve import serve
+from stallfree.cli.simulate import simulate
 from stallfree.errors import ConfigError, StallfreeError
 
 app = typer.Typer(
@@ -80,4 +82,6 @@ app.command()(with_settings(serve))
 app.command()(with_settings(generate))
 app.command()(with_settings(chat))
 app.command()(with_settings(profile))
+app.command()(with_settings(simulate))
+app.command()(with_settings(plan))
 app.add_typer(bench, name="bench")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from stallfree.cli.bench_serve import report, serve
 from stallfree.cli.bench_workload import workload
 from stallfree.cli.options import with_settings
 
@@ -12,3 +13,5 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 bench.command()(with_settings(workload))
+bench.command()(with_settings(serve))
+bench.command()(with_settings(report))

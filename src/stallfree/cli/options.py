@@ -17,6 +17,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from stallfree.cli.config_file import read_config_file
+from stallfree.cli.endpoint_options import EndpointSettings, SloSettings
 from stallfree.cli.sampling import SamplingSettings
 from stallfree.cli.system_options import SystemSettings
 from stallfree.cli.workload_options import WorkloadSettings
@@ -31,6 +32,8 @@ SETTINGS_CLASSES: tuple[type, ...] = (
     SamplingSettings,
     WorkloadSettings,
     SystemSettings,
+    EndpointSettings,
+    SloSettings,
 )
 
 ConfigOption = Annotated[

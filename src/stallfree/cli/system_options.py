@@ -129,9 +129,7 @@ class SystemSettings:
         from stallfree.sim.system import System
 
         device, model = load_device(self.device or ""), load_model_shape(self.model or "")
-        efficiency = Efficiency(
-            launch_s=self.launch_us * 1e-6, sequence_s=self.sequence_us * 1e-6
-        )
+        efficiency = Efficiency(launch_s=self.launch_us * 1e-6, sequence_s=self.sequence_us * 1e-6)
         times = Roofline(
             device,
             model,
@@ -171,6 +169,11 @@ class SystemSettings:
             tile_tokens=profile.tile_tokens,
             known_times=profile.times,
         )
+
+    @property
+    def num_devices(self) -> int:
+        """Of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def about(self) -> dict[str, object]:

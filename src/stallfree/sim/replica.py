@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 
 from stallfree.bench.records import Failure, Record
+from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
 from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.loop import Loop
-from stallfree.errors import EngineError, InvalidRequestError
+from stallfree.errors import EngineError, InvalidRequestError, OverloadedError
 from stallfree.sim.clock import SimulatedClock
 from stallfree.sim.pipeline import SimulatedPipeline
 from stallfree.sim.times import StageTimes
@@ -25,13 +27,21 @@ class Replica:
     Args:
         scheduler: with its pool and budget.
         times: of its pipeline.
+        admission: who is refused.
+        targets: of all requests.
 
     Attributes:
         num_iterations: how many were completed.
         num_preemptions: of all requests that have ended.
     """
 
-    def __init__(self, scheduler: Scheduler, times: StageTimes) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        times: StageTimes,
+        admission: Admission | None = None,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> None:
         self.scheduler = scheduler
         self.clock = SimulatedClock()
         self.pipeline = SimulatedPipeline(times, self.clock)
@@ -39,6 +49,8 @@ class Replica:
         self.num_preemptions = 0
         self._loop = Loop(scheduler, self.pipeline, self.clock)
         self._records: dict[str, tuple[Request, Record]] = {}
+        self._admission = admission or Admission()
+        self._targets = targets
         self._num_added = 0
 
     @property
@@ -70,13 +82,16 @@ class Replica:
             _PARAMS,
             max_tokens=arrival.output_tokens,
             arrived_at=at_s,
+            targets=self._targets,
         )
         record.sent_s = at_s
         record.prompt_tokens, record.output_tokens = arrival.prompt_tokens, 0
         try:
+            self._admission.check(request, 1, self.scheduler)
             self.scheduler.add(request)
-        except InvalidRequestError as error:
-            record.failure, record.end_s = Failure("rejected", str(error)), at_s
+        except (InvalidRequestError, OverloadedError) as error:
+            kind = "refused" if isinstance(error, OverloadedError) else "rejected"
+            record.failure, record.end_s = Failure(kind, str(error)), at_s
             return False
         self._records[request.request_id] = request, record
         self.dispatch()

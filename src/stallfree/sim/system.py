@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
@@ -13,6 +14,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor, fit
 from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.errors import ConfigError
 from stallfree.sim.replica import Replica
 from stallfree.sim.times import StageTimes
 
@@ -34,6 +36,9 @@ class System:
         max_model_len: longest context in tokens.
         tile_tokens: what prefill chunks are cut to.
         known_times: what a budget with a target begins with; None: fitted to `times`.
+
+    Raises:
+        ConfigError: a setting cannot be simulated.
     """
 
     times: Callable[[int], StageTimes]
@@ -42,6 +47,11 @@ class System:
     max_model_len: int
     tile_tokens: int = 1
     known_times: StepTimeModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings.fair or self.settings.tier:
+            given = "fair" if self.settings.fair else "tier"
+            raise ConfigError(f"{given} is set, but simulated requests have no users and no tiers")
 
     def replica(self, seed: int = 0) -> Replica:
         """A new replica, idle and empty.
@@ -52,17 +62,19 @@ class System:
         Raises:
             ConfigError: its memory is too small for what the policy reserves for one request.
         """
+        own = self.settings
         times = self.times(seed)
         config = SchedulerConfig(
-            self.settings.scheduler,
-            self.settings.max_num_seqs,
+            own.scheduler,
+            own.max_num_seqs,
             self.max_model_len,
             num_stages=times.num_stages,
-            prefill_order=self.settings.prefill_order,
-            is_fair=self.settings.fair,
+            prefill_order=own.prefill_order,
         )
         pool = BlockPool(max(1, self.kv_cache_tokens // BLOCK_TOKENS), BLOCK_TOKENS)
-        return Replica(Scheduler(config, pool, self._budget(times)), times)
+        scheduler = Scheduler(config, pool, self._budget(times))
+        admission = Admission(own.max_queued_requests, own.max_queued_tokens, own.admit_within_slo)
+        return Replica(scheduler, times, admission, own.tiers["default"])
 
     def _budget(self, times: StageTimes) -> TokenBudget:
         target_s = self.settings.tbt_slo_s
