@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ def test_usage_of_a_stream(server: RunningServer) -> None:
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 4
     assert not any("usage" in chunk for chunk in streamed(server, "/v1/completions", body))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_tells_how_long_a_request_waited(
+    server: RunningServer, stream: bool, chat: bool
+) -> None:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked = {"messages": [USER]} if chat else {"prompt": [PROMPT, PROMPT]}
+    body = {"model": MODEL, "max_tokens": 4, "ignore_eos": True, "n": 2, **asked}
+    sent = time.perf_counter()
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+        usage = streamed(server, path, body)[-1]["usage"]
+    else:
+        usage = server.post(path, body).json()["usage"]
+    took_ms = (time.perf_counter() - sent) * 1000
+    assert 0 < usage["scheduling_delay_ms"] < took_ms
 
 
 def test_prompts_in_every_form(server: RunningServer) -> None:
@@ -267,7 +286,9 @@ def test_streamed_chat_is_the_same(server: RunningServer) -> None:
     assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    usages = [usage.to_dict() for usage in (chunks[-1].usage, whole.usage) if usage is not None]
+    assert all(usage.pop("scheduling_delay_ms") for usage in usages)  # no two wait the same time
+    assert usages[0] == usages[1]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 

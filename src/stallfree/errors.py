@@ -9,6 +9,7 @@
     ├── InvalidRequestError            one request is wrong; nobody else is affected
     │   └── ContextLengthError         more tokens than the context or the KV cache holds
     ├── OverloadedError                a request is refused because too much waits
+    ├── EndpointError                  a server that is to be measured cannot be
     └── EngineError                    a request that was accepted cannot be finished
         ├── ExecutorError              the iteration that held the request failed
         └── EngineStoppedError         the engine is draining, stopped or dead
@@ -64,6 +65,10 @@ class OverloadedError(StallfreeError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EndpointError(StallfreeError):
+    """A server that is to be measured cannot be reached, or refuses to be."""
 
 
 class EngineError(StallfreeError):

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from stallfree.cli.bench import bench
 from stallfree.cli.chat import chat
 from stallfree.cli.generate import generate
 from stallfree.cli.options import with_settings
@@ -79,3 +80,4 @@ app.command()(with_settings(serve))
 app.command()(with_settings(generate))
 app.command()(with_settings(chat))
 app.command()(with_settings(profile))
+app.add_typer(bench, name="bench")

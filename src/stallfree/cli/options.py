@@ -17,11 +17,20 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from stallfree.cli.config_file import read_config_file
+from stallfree.cli.endpoint_options import EndpointSettings, SloSettings
 from stallfree.cli.sampling import SamplingSettings
+from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.flags import Setting, settings_of
 from stallfree.engine.settings import EngineSettings, ServerSettings
 
-SETTINGS_CLASSES: tuple[type, ...] = (EngineSettings, ServerSettings, SamplingSettings)
+SETTINGS_CLASSES: tuple[type, ...] = (
+    EngineSettings,
+    ServerSettings,
+    SamplingSettings,
+    WorkloadSettings,
+    EndpointSettings,
+    SloSettings,
+)
 
 ConfigOption = Annotated[
     Path | None,

@@ -84,6 +84,10 @@ class AsyncEngine:
         """What reading prompts cost against the latency target so far."""
         return self.engine.scheduler.budget.squeezed
 
+    def now(self) -> float:
+        """The engine's clock, in seconds."""
+        return self.engine.clock.now()
+
     def start(self) -> None:
         """Start the engine's thread."""
         self._thread.start()

@@ -61,6 +61,7 @@ class Completion:
             prompt_logprobs=self._take_prompt_logprobs(),
             finish_reason=finish,
             stop_reason=stop_reason,
+            scheduled_at=request.first_scheduled_at,
         )
 
     def _take_prompt_logprobs(self) -> tuple[PositionLogprobs | None, ...] | None:

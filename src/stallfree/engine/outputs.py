@@ -22,6 +22,7 @@ class Delta:
         finish_reason: "stop", "length", "abort" or "error" in the last delta, else None.
         stop_reason: the stop string or stop token id that ended it, if one did.
         error: what went wrong, if finish_reason is "error".
+        scheduled_at: the engine's clock when the completion was first scheduled.
     """
 
     request_id: str
@@ -33,3 +34,4 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    scheduled_at: float | None = None

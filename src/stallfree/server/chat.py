@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from stallfree.engine.outputs import Delta
 from stallfree.server.body import read_object
-from stallfree.server.generation import Job, Outcome, collect, stream
+from stallfree.server.generation import Job, Outcome, Usage, collect, stream
 from stallfree.server.logprobs import chat_logprobs
 from stallfree.server.protocol import ChatRequest, parse
 from stallfree.server.service import Service
@@ -25,10 +25,12 @@ async def create_chat_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     body = parse(ChatRequest, await read_object(request))
+    arrived_at = service.engine.now()
     service.check_model(body.model)
     params = body.params()
     prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
-    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [prompt], params, body.targets())
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    job = Job(request_id, [prompt], params, body.targets(), arrived_at)
     await service.check(job.prompts, params, job.targets, source="messages")
     if body.stream:
         return EventStream(_events(service, body, job))
@@ -50,27 +52,27 @@ def _whole(service: Service, body: ChatRequest, job: Job, outcome: Outcome) -> d
     return {
         **_head(service, body, job, "chat.completion"),
         "choices": choices,
-        "usage": job.usage(outcome.num_output_tokens),
+        "usage": outcome.usage.fields(),
     }
 
 
 async def _events(service: Service, body: ChatRequest, job: Job) -> AsyncGenerator[bytes, None]:
     head = _head(service, body, job, "chat.completion.chunk")
-    usage: dict[str, None] = {"usage": None} if body.include_usage else {}
+    usage = Usage(job)
+    no_usage: dict[str, None] = {"usage": None} if body.include_usage else {}
     begun: set[int] = set()
-    num_output_tokens = 0
     async with aclosing(stream(service.engine, job)) as deltas:
         async for item in deltas:
             if item is None:
                 yield b""
                 continue
             index, delta = item
-            num_output_tokens += len(delta.token_ids)
+            usage.add(delta)
             entry = _entry(service, index, delta, is_first=index not in begun)
             begun.add(index)
-            yield event({**head, "choices": [entry], **usage})
+            yield event({**head, "choices": [entry], **no_usage})
     if body.include_usage:
-        yield event({**head, "choices": [], "usage": job.usage(num_output_tokens)})
+        yield event({**head, "choices": [], "usage": usage.fields()})
     yield DONE
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from stallfree.executor.output import PositionLogprobs
 from stallfree.server.body import read_object
-from stallfree.server.generation import Job, Outcome, PromptLogprobs, collect, stream
+from stallfree.server.generation import Job, Outcome, PromptLogprobs, Usage, collect, stream
 from stallfree.server.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from stallfree.server.protocol import CompletionRequest, parse
 from stallfree.server.service import Service
@@ -26,8 +26,9 @@ async def create_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     body = parse(CompletionRequest, await read_object(request))
+    arrived_at = service.engine.now()
     service.check_model(body.model)
-    job = await _job(service, body)
+    job = await _job(service, body, arrived_at)
     completion = _Completion(service, body, job)
     if body.stream:
         return EventStream(completion.events())
@@ -36,14 +37,15 @@ async def create_completion(request: Request) -> Response:
     return JSONResponse(answer)
 
 
-async def _job(service: Service, body: CompletionRequest) -> Job:
+async def _job(service: Service, body: CompletionRequest, arrived_at: float) -> Job:
     params = body.params()
     service.check_num_choices(len(body.prompt), params.n)
     special_tokens = body.add_special_tokens is not False
     prompts = [
         await service.prompt(prompt, special_tokens, bool(body.echo)) for prompt in body.prompt
     ]
-    job = Job(f"cmpl-{uuid.uuid4().hex}", prompts, params, body.targets())
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    job = Job(request_id, prompts, params, body.targets(), arrived_at)
     await service.check(prompts, params, job.targets)
     return job
 
@@ -76,20 +78,19 @@ class _Completion:
                 of_prompt = self._prompt_logprobs[index // self._job.params.n]
                 entry["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, of_prompt)
             choices.append(entry)
-        usage = self._job.usage(outcome.num_output_tokens)
-        return {**self._head, "choices": choices, "usage": usage}
+        return {**self._head, "choices": choices, "usage": outcome.usage.fields()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The events of the response that is streamed."""
-        usage: dict[str, None] = {"usage": None} if self._body.include_usage else {}
-        num_output_tokens = 0
+        usage = Usage(self._job)
+        no_usage: dict[str, None] = {"usage": None} if self._body.include_usage else {}
         async with aclosing(stream(self._service.engine, self._job)) as deltas:
             async for item in deltas:
                 if item is None:
                     yield b""
                     continue
                 index, delta = item
-                num_output_tokens += len(delta.token_ids)
+                usage.add(delta)
                 if delta.prompt_logprobs is not None:
                     self._prompt_logprobs[index // self._job.params.n] = delta.prompt_logprobs
                 make = partial(
@@ -99,9 +100,9 @@ class _Completion:
                     entry = await self._service.in_thread(self._job.num_prompt_tokens, make)
                 else:
                     entry = make()
-                yield event({**self._head, "choices": [entry], **usage})
+                yield event({**self._head, "choices": [entry], **no_usage})
         if self._body.include_usage:
-            yield event({**self._head, "choices": [], "usage": self._job.usage(num_output_tokens)})
+            yield event({**self._head, "choices": [], "usage": usage.fields()})
         yield DONE
 
     def _entry(

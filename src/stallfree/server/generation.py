@@ -7,6 +7,7 @@ Knows nothing of JSON.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -24,12 +25,13 @@ PromptLogprobs = tuple[PositionLogprobs | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One HTTP request that is ready to run."""
+    """One HTTP request that is ready to run; `arrived_at` is the engine's clock when it came."""
 
     request_id: str
     prompts: Sequence[Prompt]
     params: SamplingParams
     targets: Targets = DEFAULT_TARGETS
+    arrived_at: float = 0.0
 
     @property
     def num_choices(self) -> int:
@@ -45,13 +47,32 @@ class Job:
         """The prompt that `choice` completes."""
         return self.prompts[choice // self.params.n]
 
-    def usage(self, num_output_tokens: int) -> dict[str, int]:
-        """OpenAI's count of tokens."""
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": self.num_prompt_tokens + num_output_tokens,
+
+class Usage:
+    """What a job has taken so far."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._num_output_tokens = 0
+        self._scheduled_at = math.inf
+
+    def add(self, delta: Delta) -> None:
+        """Count a delta of any of its choices."""
+        self._num_output_tokens += len(delta.token_ids)
+        if delta.scheduled_at is not None:
+            self._scheduled_at = min(delta.scheduled_at, self._scheduled_at)
+
+    def fields(self) -> dict[str, int | float]:
+        """OpenAI's count of tokens, and how long the first of its choices waited."""
+        fields: dict[str, int | float] = {
+            "prompt_tokens": self._job.num_prompt_tokens,
+            "completion_tokens": self._num_output_tokens,
+            "total_tokens": self._job.num_prompt_tokens + self._num_output_tokens,
         }
+        if math.isfinite(self._scheduled_at):
+            delay_s = self._scheduled_at - self._job.arrived_at
+            fields["scheduling_delay_ms"] = round(delay_s * 1000, 3)
+        return fields
 
 
 @dataclass(slots=True)
@@ -68,8 +89,8 @@ class Outcome:
     """The whole output of a job; `prompt_logprobs` has an entry for each prompt, if asked for."""
 
     choices: list[Choice]
+    usage: Usage
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
-    num_output_tokens: int = 0
 
 
 async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Delta] | None, None]:
@@ -124,7 +145,7 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
 
 async def collect(engine: AsyncEngine, job: Job) -> Outcome:
     """Run a job to its end; raises as `stream` does."""
-    outcome = Outcome([Choice() for _ in range(job.num_choices)])
+    outcome = Outcome([Choice() for _ in range(job.num_choices)], Usage(job))
     texts: list[list[str]] = [[] for _ in outcome.choices]
     async with aclosing(stream(engine, job)) as deltas:
         async for item in deltas:
@@ -135,7 +156,7 @@ async def collect(engine: AsyncEngine, job: Job) -> Outcome:
             texts[index].append(delta.text)
             choice.logprobs += delta.logprobs or ()
             choice.finish_reason = delta.finish_reason
-            outcome.num_output_tokens += len(delta.token_ids)
+            outcome.usage.add(delta)
             if delta.prompt_logprobs is not None:
                 outcome.prompt_logprobs[index // job.params.n] = delta.prompt_logprobs
     for choice, text in zip(outcome.choices, texts, strict=True):

@@ -1,0 +1,183 @@
+"""One streamed request: its bytes out, its tokens' times in. Failures are noted, never raised."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from stallfree.bench.endpoint import Endpoint, error_message, error_text, shorten
+from stallfree.bench.events import EventReader
+from stallfree.bench.records import Failure, Record
+
+MAX_ERROR_BYTES = 1 << 16
+_TEXTS = ("content", "reasoning_content", "reasoning")  # of a chat's delta
+_CLOSED = ("closed", "disconnected")  # in what httpx says of a connection that ended too early
+
+
+class _FailedError(Exception):
+    """The answer is none; the arguments are those of `Failure`."""
+
+
+async def exchange(
+    http: httpx.AsyncClient,
+    endpoint: Endpoint,
+    body: bytes,
+    record: Record,
+    now: Callable[[], float],
+) -> float | None:
+    """Send a request and fill in its record.
+
+    Args:
+        http: what sends it.
+        endpoint: where to.
+        body: what it says.
+        record: takes the times and what went wrong.
+        now: seconds from the start of the run.
+
+    Returns:
+        How long the server asks to be left alone, in seconds, if it refused.
+    """
+    retry_after_s: float | None = None
+    record.sent_s = now()
+    try:
+        async with (
+            asyncio.timeout(endpoint.timeout_s),
+            http.stream("POST", endpoint.requests_url, content=body) as response,
+        ):
+            if response.status_code == httpx.codes.OK:
+                await _Answer(record, now).read(response)
+            else:
+                retry_after_s = _seconds(response.headers.get("retry-after"))
+                raise await _refusal(response)
+    except _FailedError as error:
+        record.failure = Failure(*error.args)
+    except TimeoutError:
+        record.failure = Failure("timeout", f"no end after {endpoint.timeout_s:g} s")
+    except (httpx.HTTPError, httpx.StreamError, OSError, ValueError) as error:
+        record.failure = _failure(error)
+    if record.failure is not None or record.end_s is None:
+        record.end_s = now()
+    return retry_after_s
+
+
+class _Answer:
+    """The events of one answer as they come."""
+
+    def __init__(self, record: Record, now: Callable[[], float]) -> None:
+        self._record = record
+        self._now = now
+        self._has_events = False
+        self._is_finished = False
+
+    async def read(self, response: httpx.Response) -> None:
+        """Read to the end of the stream; raises _FailedError if it is no whole answer."""
+        kind = response.headers.get("content-type", "no content type")
+        if "json" in kind:
+            raise await _not_streamed(response)
+        reader = EventReader()
+        async for chunk in response.aiter_raw():
+            arrived_s = self._now()
+            for data in reader.feed(chunk):
+                self._take(data, arrived_s)
+            if self._record.end_s is not None:
+                return
+        if not self._has_events and "text/event-stream" not in kind:
+            raise _FailedError("garbage", f"no event came, in an answer of {shorten(kind)}")
+        if not self._is_finished:
+            num_tokens = len(self._record.token_s)
+            message = f"the stream ended after {num_tokens} tokens, without [DONE]"
+            raise _FailedError("broken", message)
+
+    def _take(self, data: str, arrived_s: float) -> None:
+        self._has_events = True
+        if data == "[DONE]":
+            self._record.end_s = arrived_s
+            return
+        try:
+            event = json.loads(data)
+            if event.get("error"):
+                raise _FailedError("broken", error_message(event) or "an error without a message")
+            choice = next(iter(event.get("choices") or ()), None)
+            if choice is not None:
+                self._take_choice(choice, arrived_s)
+            self._take_usage(event.get("usage") or {})
+        except (ValueError, TypeError, AttributeError):
+            message = f"this is no event of an answer: {shorten(data)}"
+            raise _FailedError("garbage", message) from None
+
+    def _take_choice(self, choice: dict[str, Any], arrived_s: float) -> None:
+        delta = choice.get("delta")
+        if delta is None:
+            has_text, is_opening = bool(choice.get("text")), False
+        else:
+            has_text = any(delta.get(name) for name in _TEXTS)
+            is_opening = "role" in delta
+        is_last = choice.get("finish_reason") is not None
+        self._is_finished |= is_last
+        # a token may have no text, being part of a character; but neither a chat's opening, which
+        # some servers send before any token, nor an end in an event of its own is a token
+        if has_text or not (is_last or is_opening):
+            self._record.token_s.append(arrived_s)
+
+    def _take_usage(self, usage: dict[str, Any]) -> None:
+        """Take the server's counts; a wait for scheduling is told by stallfree alone."""
+        record = self._record
+        for name, count in (
+            ("prompt_tokens", "prompt_tokens"),
+            ("output_tokens", "completion_tokens"),
+        ):
+            if count in usage:
+                setattr(record, name, int(usage[count]))
+        delay_ms = usage.get("scheduling_delay_ms")
+        if delay_ms is not None:
+            record.scheduled_s = record.sent_s + delay_ms / 1000
+
+
+async def _refusal(response: httpx.Response) -> _FailedError:
+    status = response.status_code
+    message = error_text(status, await _beginning(response))
+    if status != httpx.codes.TOO_MANY_REQUESTS:
+        return _FailedError("rejected", message)
+    retry_after = response.headers.get("retry-after")
+    return _FailedError("refused", f"{message} (Retry-After: {retry_after or 'not given'})")
+
+
+async def _not_streamed(response: httpx.Response) -> _FailedError:
+    body = await _beginning(response)
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.get("error"):
+        return _FailedError("rejected", error_text(response.status_code, body))
+    return _FailedError("not_streaming", "the answer is one JSON object, not a stream of events")
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    body = b""
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) >= MAX_ERROR_BYTES:
+            break
+    return body
+
+
+def _failure(error: Exception) -> Failure:
+    message = shorten(f"{type(error).__name__}: {error}".rstrip(": "))
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return Failure("unreachable", message)
+    is_readable = not isinstance(
+        error, httpx.RemoteProtocolError | httpx.DecodingError | ValueError
+    )
+    if is_readable or any(word in message for word in _CLOSED):
+        return Failure("broken", message)
+    return Failure("garbage", message)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """What a `Retry-After` in seconds says; a date is not read."""
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None

@@ -1,0 +1,64 @@
+"""Prompts of a planned number of tokens, made of common words of about one token each.
+
+How many tokens a word has is measured on the server, whose tokenizer is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from stallfree.bench.workload import Arrival
+
+OWN_WORDS = 16  # at the end of a prompt that shares its beginning with others
+WORDS = (
+    *("river", "stone", "cloud", "table", "garden", "window", "paper", "light", "water", "bread"),
+    *("mountain", "forest", "bridge", "morning", "summer", "winter", "coffee", "letter", "music"),
+    *("number", "picture", "question", "answer", "market", "station", "house", "street", "school"),
+    *("friend", "family", "doctor", "teacher", "engine", "island", "village", "country", "animal"),
+    *("flower", "dinner", "story", "voice", "color", "shape", "earth", "night", "north", "south"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSize:
+    """How many tokens a prompt of so many words has on one server, on average.
+
+    Attributes:
+        tokens_per_word: of `WORDS`.
+        overhead_tokens: of every prompt, such as those of a chat template.
+        is_measured: False if the server does not tell, and a word is taken for a token.
+    """
+
+    tokens_per_word: float = 1.0
+    overhead_tokens: float = 0.0
+    is_measured: bool = False
+
+    def words(self, num_tokens: int) -> int:
+        """Words of a prompt of about `num_tokens` tokens; at least 1."""
+        return max(1, round((num_tokens - self.overhead_tokens) / self.tokens_per_word))
+
+
+class Prompts:
+    """The prompts of one run: no two begin alike, unless their arrivals have one prefix.
+
+    Those share all but their last `OWN_WORDS` words, as far as both go, or their last half.
+
+    Args:
+        size: of the server's prompts.
+        salt: of the run; another run with another salt has other prompts.
+    """
+
+    def __init__(self, size: PromptSize, salt: int) -> None:
+        self._size = size
+        self._salt = salt
+
+    def text(self, number: int, arrival: Arrival) -> str:
+        """The prompt of the arrival with this number."""
+        num_words = self._size.words(arrival.prompt_tokens)
+        num_own = num_words if arrival.prefix_id is None else min(OWN_WORDS, (num_words + 1) // 2)
+        shared = self._words(f"prefix {arrival.prefix_id}", num_words - num_own)
+        return " ".join(shared + self._words(f"request {number}", num_own))
+
+    def _words(self, seed: str, count: int) -> list[str]:
+        return Random(f"{self._salt} {seed}").choices(WORDS, k=count)

@@ -1,0 +1,71 @@
+"""Reading a trace of requests from a CSV file with a header line.
+
+The columns are those of Vidur's traces: `num_prefill_tokens`, `num_decode_tokens` and, where times
+are known, `arrived_at` in seconds. Others are not looked at.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from stallfree.errors import ConfigError
+
+_PROMPT, _OUTPUT, _TIME = "num_prefill_tokens", "num_decode_tokens", "arrived_at"
+
+
+class TraceRow(NamedTuple):
+    """One request of a trace; `at_s` is in seconds, None if it is not known."""
+
+    at_s: float | None
+    prompt_tokens: int
+    output_tokens: int
+
+
+def read_trace(path: Path) -> list[TraceRow]:
+    """The requests of a trace in the order of their arrival, if times are known.
+
+    A length of 0 becomes 1: such a request cannot be sent.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no requests, lacks a column, or a value is no
+            number or below 0; names the line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ()
+            for column in (_PROMPT, _OUTPUT):
+                if column not in columns:
+                    raise ConfigError(f"{path}: there is no column {column}")
+            rows = [_row(path, reader.line_num, row, _TIME in columns) for row in reader]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text") from error
+    except csv.Error as error:
+        raise ConfigError(f"{path}: after line {reader.line_num}: {error}") from error
+    if not rows:
+        raise ConfigError(f"{path} holds no requests")
+    return sorted(rows, key=lambda row: row.at_s or 0.0)
+
+
+def _row(path: Path, line: int, row: Mapping[str, str | None], has_time: bool) -> TraceRow:
+    def number(column: str) -> float:
+        text = row[column]
+        try:
+            value = float(text or "")
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf or (column != _TIME and not value.is_integer()):
+            kind = "a number" if column == _TIME else "a whole number"
+            raise ConfigError(
+                f"{path}: line {line}: {column} is {text!r}; it must be {kind} of at least 0"
+            )
+        return value
+
+    at_s = number(_TIME) if has_time else None
+    return TraceRow(at_s, max(1, int(number(_PROMPT))), max(1, int(number(_OUTPUT))))
