@@ -115,12 +115,12 @@ def test_each_seed_has_its_capacity_and_later_ones_need_few_probes() -> None:
 
 
 def test_the_interval_is_students() -> None:
-    capacities = {0: 1.0, 1: 2.0, 2: 3.0}
+    capacities = {0: 4.0, 1: 5.0, 2: 6.0}
     found = find(lambda qps, seed: run_of(9.0 if qps > capacities[seed] else 0.1), precision=0.001)
-    assert found.mean_qps == pytest.approx(2, rel=0.001)
+    assert found.mean_qps == pytest.approx(5, rel=0.001)
     assert found.interval_qps is not None
     half = 4.303 / math.sqrt(3)
-    assert found.interval_qps == pytest.approx((2 - half, 2 + half), rel=0.005)
+    assert found.interval_qps == pytest.approx((5 - half, 5 + half), rel=0.005)
 
 
 @pytest.mark.parametrize(("seeds", "t"), [(2, 12.706), (5, 2.776), (6, 2.571), (31, 2.042)])
@@ -131,7 +131,9 @@ def test_students_t(seeds: int, t: float) -> None:
     values = [each.qps for each in found.seeds if each.qps]
     spread = math.sqrt(sum((v - sum(values) / seeds) ** 2 for v in values) / (seeds - 1))
     assert found.interval_qps is not None
-    half = (found.interval_qps[1] - found.interval_qps[0]) / 2
+    assert found.mean_qps is not None
+    half = found.interval_qps[1] - found.mean_qps
+    assert found.interval_qps[0] == pytest.approx(max(0, found.mean_qps - half))
     assert half == pytest.approx(t * spread / math.sqrt(seeds), rel=0.004)
 
 

@@ -19,6 +19,7 @@ from stallfree.bench.records import Results
 from stallfree.errors import ConfigError
 
 Measure = Callable[[float, int], Results]
+MIN_QPS, MAX_QPS = 0.01, 1000.0
 _FIRST_STEP, _NEXT_STEP = 2.0, 1.1  # from a guess, and from the capacity of other seeds
 _DIGITS = 5  # of a rate, so that it can be typed
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182}  # of few degrees of freedom, where the series is off
@@ -73,8 +74,8 @@ class SearchSettings:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     start_qps: float = 1.0
-    min_qps: float = 0.01
-    max_qps: float = 1000.0
+    min_qps: float = MIN_QPS
+    max_qps: float = MAX_QPS
     precision: float = 0.025
 
     def __post_init__(self) -> None:
@@ -135,12 +136,12 @@ class Capacity:
 
     @property
     def interval_qps(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean over seeds, by Student's t; None of one seed."""
+        """95 % confidence interval of the mean, by Student's t, cut at 0; None of one seed."""
         found = [each.qps for each in self.seeds if each.qps is not None]
         if not self.is_bounded or len(found) < 2:
             return None
         half = _student_t(len(found) - 1) * stdev(found) / math.sqrt(len(found))
-        return mean(found) - half, mean(found) + half
+        return max(0.0, mean(found) - half), mean(found) + half
 
 
 class _Probes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from stallfree.cli.bench_capacity import capacity
 from stallfree.cli.bench_serve import report, serve
 from stallfree.cli.bench_workload import workload
 from stallfree.cli.options import with_settings
@@ -15,3 +16,4 @@ bench = typer.Typer(
 bench.command()(with_settings(workload))
 bench.command()(with_settings(serve))
 bench.command()(with_settings(report))
+bench.command()(with_settings(capacity))
