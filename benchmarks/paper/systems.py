@@ -88,5 +88,9 @@ SYSTEMS = {
 def recipe(dataset: str, num_requests: int, seed: int) -> Recipe:
     """Requests of a dataset that arrive one a second, at random."""
     return Recipe(
-        lengths=dataset, arrivals="poisson", num_requests=num_requests, requests_per_s=1.0, seed=seed
+        lengths=dataset,
+        arrivals="poisson",
+        num_requests=num_requests,
+        requests_per_s=1.0,
+        seed=seed,
     )
