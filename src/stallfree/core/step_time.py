@@ -16,7 +16,7 @@ from statistics import median
 
 from stallfree.core.batch import Batch
 
-TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _SWEEPS = 3000
 _SPEED_STEPS = 9  # whose median is the machine's speed: 5 of them move it, 4 cannot
 _SLOW_STEPS = 3  # whose median is believed at once if it is slower: 2 of them move it, 1 cannot

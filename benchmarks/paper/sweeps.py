@@ -1,0 +1,134 @@
+"""The paper's experiments in simulation: capacities, load curves, the split of a model, ablation.
+
+Each function runs one cell and returns plain numbers, so that cells can run in several processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import mean
+
+from systems import ARTIFACT, DATASETS, SYSTEMS, PaperSystem, recipe
+
+from stallfree.bench.capacity import Criterion, SearchSettings, find_capacities
+from stallfree.bench.metrics import Summary, summarize
+from stallfree.bench.records import Record, Results
+from stallfree.bench.workload import Workload
+from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.sim.router import LeastWork
+from stallfree.sim.simulation import Simulation, simulate
+from stallfree.sim.system import System
+
+NUM_REQUESTS, SEEDS = 512, (0, 1, 2)
+MAX_DELAY_S = 2.0
+ABLATION_REQUESTS, ABLATION_SEEDS = 128, range(8)
+START_QPS = {"Mistral-7B": 2.0, "Yi-34B": 0.7, "LLaMA2-70B": 0.5, "Falcon-180B": 0.7}
+
+
+def hopeless(workload: Workload, criterion: Criterion) -> Callable[[Record], bool]:
+    """A rule that ends a run once it cannot pass any more."""
+    all_gaps = sum(each.output_tokens - 1 for each in workload.arrivals)
+    most_long, most_late = (1 - criterion.quantile) * all_gaps, len(workload.arrivals) / 2
+    num_long = num_late = 0
+
+    def rule(record: Record) -> bool:
+        nonlocal num_long, num_late
+        num_long += sum(gap > criterion.tbt_s for gap in record.gaps_s)
+        num_late += (record.scheduling_delay_s or 0.0) > criterion.max_delay_s
+        return num_long > most_long or num_late > most_late
+
+    return rule
+
+
+def capacity(
+    name: str,
+    target: str,
+    dataset: str,
+    scheduler: str,
+    has_overhead: bool = False,
+    seeds: tuple[int, ...] = SEEDS,
+) -> dict[str, object]:
+    """The capacity of a scheduler on one of the paper's systems, in requests per second."""
+    paper = SYSTEMS[name]
+    settings = paper.schedulers(target)[scheduler]
+    made = paper.system(settings, DATASETS[dataset], ARTIFACT if has_overhead else None)
+    criterion = Criterion(paper.targets[target], MAX_DELAY_S)
+    search = SearchSettings(seeds=seeds, start_qps=START_QPS[name], min_qps=0.005)
+
+    def measure(qps: float, seed: int) -> Results:
+        workload = recipe(dataset, NUM_REQUESTS, seed).make().at_rate(qps)
+        return _run(made, workload, hopeless(workload, criterion)).results
+
+    (found,) = find_capacities(measure, [criterion], search)
+    qps = [each.qps or 0.0 for each in found.seeds]
+    return {"qps": mean(qps), "of_each_seed": qps}
+
+
+def load_point(
+    name: str, dataset: str, scheduler: str, target: str, qps: float
+) -> dict[str, float]:
+    """Latencies at a rate, of a run that is not given up."""
+    paper = SYSTEMS[name]
+    made = paper.system(paper.schedulers(target)[scheduler], DATASETS[dataset])
+    workload = recipe(dataset, NUM_REQUESTS, 0).make().at_rate(qps)
+    return _numbers(summarize(_run(made, workload).results))
+
+
+def split_point(tensor_parallel: int, pipeline_parallel: int, qps: float) -> dict[str, float]:
+    """Falcon-180B on two nodes, split one way or another, its budget 512; with its idle time."""
+    paper = replace(
+        SYSTEMS["Falcon-180B"], tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
+    )
+    return _split(paper, SchedulingSettings(token_budget=512), qps)
+
+
+def pipeline_point(scheduler: str, qps: float) -> dict[str, float]:
+    """Falcon-180B as the paper splits it, under a scheduler: what its stages idle."""
+    paper = SYSTEMS["Falcon-180B"]
+    return _split(paper, paper.schedulers("relaxed")[scheduler], qps)
+
+
+def _split(paper: PaperSystem, settings: SchedulingSettings, qps: float) -> dict[str, float]:
+    dataset = "openchat_sharegpt4"
+    workload = recipe(dataset, NUM_REQUESTS, 0).make().at_rate(qps)
+    done = _run(paper.system(settings, DATASETS[dataset]), workload)
+    stages = done.replicas[0].pipeline.stages
+    idle = {
+        f"idle_{kind.name.lower()}": mean(stage.idle_s[kind] for stage in stages)
+        / done.results.end_s
+        for kind in stages[0].idle_s
+    }
+    busy = mean(stage.busy_s for stage in stages) / done.results.end_s
+    return {**_numbers(summarize(done.results)), **idle, "busy": busy}
+
+
+def ablation_point(dataset: str, policy: str, qps: float) -> dict[str, float]:
+    """Yi-34B with 128 requests: median TTFT and P99 TBT, the means over seeds."""
+    settings = SchedulingSettings(scheduler=policy, token_budget=512)
+    made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset])
+    runs = [
+        summarize(_run(made, recipe(dataset, ABLATION_REQUESTS, seed).make().at_rate(qps)).results)
+        for seed in ABLATION_SEEDS
+    ]
+    return {
+        "ttft_p50_s": mean(run.latencies["ttft"]["p50"] for run in runs),
+        "tbt_p99_s": mean(run.latencies["tbt"]["p99"] for run in runs),
+    }
+
+
+def _run(
+    made: System, workload: Workload, give_up: Callable[[Record], bool] | None = None
+) -> Simulation:
+    return simulate(workload, [made.replica()], LeastWork(), give_up=give_up)
+
+
+def _numbers(summary: Summary) -> dict[str, float]:
+    own = summary.latencies
+    return {
+        "tbt_p50_s": own["tbt"]["p50"],
+        "tbt_p99_s": own["tbt"]["p99"],
+        "ttft_p50_s": own["ttft"]["p50"],
+        "delay_p50_s": own["scheduling_delay"]["p50"],
+        "tokens_per_s": summary.output_tokens_per_s,
+    }
