@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stallfree.bench.lengths import FORMS, PRESETS, Size, TraceLengths, parse_lengths, scaled
@@ -94,6 +94,9 @@ def test_quantiles_stay_within_a_range(share: float) -> None:
     assert 3 <= Zipf.of(1.2, 3, 9).quantile(share) <= 9
 
 
+@example(2, 1, 1999, 0)
+@example(2, 1999, 1, 0)
+@example(5, 3, 7, 0)
 @given(st.integers(2, 5000), st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 5000))
 def test_a_scaled_request_fits_and_has_a_token_of_each(
     limit: int, prompt: int, output: int, more: int

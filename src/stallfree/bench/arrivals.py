@@ -2,7 +2,8 @@
 
 `parse_arrivals` reads a spec, `ARRIVALS_HELP` lists the forms. Gaps are drawn with a mean of 1 and
 divided by the rate, so another rate stretches the same pattern. They come from `Random.random()`
-alone, so a seed gives the same gaps with every version of Python. Nothing here knows what arrives.
+alone, so a seed gives the same gaps with every version of Python, on another machine up to the last
+digit of a logarithm. Nothing here knows what arrives.
 """
 
 from __future__ import annotations

@@ -141,8 +141,9 @@ PRESETS: dict[str, DrawnLengths] = {
 
 
 def scaled(size: Size, limit: int, longest: int) -> Size:
-    """A request scaled as one of `longest` tokens is to `limit`; at least a token of each kind."""
+    """A request scaled as one of `longest` tokens is to `limit` (2 or more); never to nothing."""
     prompt, output = (max(1, round(tokens * limit / longest)) for tokens in size)
+    output = min(output, limit - 1)
     return Size(min(prompt, limit - output), output)
 
 
@@ -157,7 +158,8 @@ def parse_lengths(spec: str) -> Lengths:
     kind, colon, values = spec.partition(":")
     if not colon or kind not in _FORMS:
         raise ConfigError(f"workload is {spec!r}; it must be one of {', '.join(FORMS)}")
-    return _FORMS[kind](spec, values)
+    _, read = _FORMS[kind]
+    return read(spec, values)
 
 
 def _fixed(spec: str, values: str) -> Lengths:
@@ -197,27 +199,21 @@ def _trace(spec: str, values: str) -> Lengths:
     return TraceLengths(spec, sizes, at_s)
 
 
-_FORMS: dict[str, Callable[[str, str], Lengths]] = {
-    "fixed": _fixed,
-    "uniform": _uniform,
-    "zipf": _zipf,
-    "lognormal": _lognormal,
-    "trace": _trace,
+_FORMS: dict[str, tuple[str, Callable[[str, str], Lengths]]] = {
+    "fixed": ("fixed:PROMPT,OUTPUT", _fixed),
+    "uniform": ("uniform:LOW-HIGH,LOW-HIGH", _uniform),
+    "zipf": ("zipf:EXPONENT,LOW-HIGH,LOW-HIGH", _zipf),
+    "lognormal": ("lognormal:MEDIAN/P90,MEDIAN/P90", _lognormal),
+    "trace": ("trace:FILE.csv", _trace),
 }
-_WRITTEN = {
-    "fixed": "fixed:PROMPT,OUTPUT",
-    "uniform": "uniform:LOW-HIGH,LOW-HIGH",
-    "zipf": "zipf:EXPONENT,LOW-HIGH,LOW-HIGH",
-    "lognormal": "lognormal:MEDIAN/P90,MEDIAN/P90",
-    "trace": "trace:FILE.csv",
-}
-FORMS = (*PRESETS, *_WRITTEN.values())
+FORMS = (*PRESETS, *(written for written, _ in _FORMS.values()))
 
 
 def _parts(spec: str, values: str, pattern: str) -> tuple[str, ...]:
     match = re.fullmatch(pattern, values, re.ASCII)
     if match is None:
-        raise ConfigError(f"workload is {spec!r}; write it as {_WRITTEN[spec.partition(':')[0]]}")
+        written, _ = _FORMS[spec.partition(":")[0]]
+        raise ConfigError(f"workload is {spec!r}; write it as {written}")
     return match.groups()
 
 

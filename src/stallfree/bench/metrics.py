@@ -66,7 +66,7 @@ def summarize(results: Results, slo: Slo | None = None) -> Summary:
     records = results.records
     answered = [each for each in records if each.failure is None and each.end_s is not None]
     is_open = results.workload.clients is None
-    latencies: dict[str, Sequence[float | None]] = {
+    latencies: dict[str, Iterable[float | None]] = {
         "ttft": [each.ttft_s for each in records],
         "tbt": [gap for each in records for gap in each.gaps_s],
         "tpot": [each.tpot_s for each in answered],

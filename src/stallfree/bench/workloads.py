@@ -73,7 +73,8 @@ class Recipe:
                 f"num_requests is {self.num_requests}, but {self.lengths!r} holds "
                 f"{len(lengths.sizes)} requests"
             )
-        made = self._workload(lengths.sizes, lengths.at_s[: self.num_requests])
+        count = self.num_requests
+        made = self._workload(lengths.sizes[:count], lengths.at_s[:count])
         return made if self.requests_per_s is None else stretched(made, self.requests_per_s)
 
     def _draw(self, lengths: Lengths) -> list[Size]:
@@ -81,7 +82,7 @@ class Recipe:
         return [lengths.draw(random) for _ in range(self.num_requests)]
 
     def _workload(self, sizes: Sequence[Size], times: Sequence[float]) -> Workload:
-        arrivals = (Arrival(at_s, *size) for at_s, size in zip(times, sizes, strict=False))
+        arrivals = (Arrival(at_s, *size) for at_s, size in zip(times, sizes, strict=True))
         return Workload(tuple(arrivals), self.clients, self._about())
 
     def _about(self) -> str:

@@ -133,7 +133,9 @@ class WorkloadSettings:
                 f"holds {max_model_len:,}"
             )
         if self.clients is not None:
-            return replace(saved, clients=self.clients)
+            about = f"{saved.about}, replayed by {self.clients} clients"
+            return replace(saved, clients=self.clients, about=about)
         if self.qps is not None:
-            return replace(stretched(saved, self.qps), clients=None)
+            about = f"{saved.about}, replayed at {self.qps:g}/s"
+            return replace(stretched(saved, self.qps), clients=None, about=about)
         return saved
