@@ -219,7 +219,6 @@ class _Run:
 @contextmanager
 def _without_long_pauses() -> Iterator[None]:
     """Keep the garbage collector from looking through what was there before the run."""
-    gc.collect()
     gc.freeze()
     try:
         yield

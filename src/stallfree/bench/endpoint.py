@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from random import SystemRandom
+from ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ APIS = ("completions", "chat")
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0  # less than servers keep an idle connection, so that none is closed under us
 MAX_MESSAGE_CHARS = 300
-_PROBE_WORDS = (8, 192)
+_PROBE_REPEATS = 4
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _DEFAULTS = {"temperature": 0, "ignore_eos": True}
 _BAD_REQUEST = (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY)
@@ -104,6 +104,7 @@ class Endpoint:
                 max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S
             ),
             trust_env=False,  # a proxy between would be measured too
+            verify=True if self.base_url.startswith("https") else SSLContext(PROTOCOL_TLS_CLIENT),
         )
 
 
@@ -139,23 +140,23 @@ async def _find_model(http: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
 
 
 async def _measure_size(http: httpx.AsyncClient, endpoint: Endpoint) -> PromptSize:
-    """Fit a line through the tokens of two prompts as the server counts them."""
-    few, many = _PROBE_WORDS
-    first = await _count(http, endpoint, few)
-    if first is None:
+    """Fit a line through the tokens of two prompts, with every word in them equally often."""
+    once = await _count(http, endpoint, 1)
+    if once is None:
         return PromptSize()
-    if endpoint.max_model_len is not None:
-        many = max(few + 1, min(many, few * endpoint.max_model_len // (2 * first)))
-    second = await _count(http, endpoint, many)
-    if second is None or second <= first:
+    length = endpoint.max_model_len
+    if length is not None and once * _PROBE_REPEATS >= length:
+        return PromptSize(once / len(WORDS), is_measured=True)
+    often = await _count(http, endpoint, _PROBE_REPEATS)
+    if often is None or often <= once:
         return PromptSize()
-    per_word = (second - first) / (many - few)
-    return PromptSize(per_word, first - per_word * few, is_measured=True)
+    per_word = (often - once) / ((_PROBE_REPEATS - 1) * len(WORDS))
+    return PromptSize(per_word, once - per_word * len(WORDS), is_measured=True)
 
 
-async def _count(http: httpx.AsyncClient, endpoint: Endpoint, num_words: int) -> int | None:
-    """Tokens of a prompt of `num_words` words; None if the server does not tell."""
-    body = endpoint.body(" ".join(SystemRandom().choices(WORDS, k=num_words)), 1, stream=False)
+async def _count(http: httpx.AsyncClient, endpoint: Endpoint, repeats: int) -> int | None:
+    """Tokens of a prompt with all words so many times; None if the server does not tell."""
+    body = endpoint.body(" ".join(WORDS * repeats), 1, stream=False)
     usage = (await _ask(http, endpoint, endpoint.requests_url, body)).get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) and count > 0 else None

@@ -34,10 +34,10 @@ class EventReader:
             chunk = chunk[1:]
         self._ended_in_cr = chunk.endswith(b"\r")
         *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        events = [event for event in map(self._take, lines) if event is not None]
         if self._num_bytes + len(self._rest) > MAX_EVENT_BYTES:
-            raise ValueError(f"an event is longer than {MAX_EVENT_BYTES >> 20} MiB")
-        events = (self._take(line) for line in lines)
-        return [event for event in events if event is not None]
+            raise ValueError(f"an event is longer than {MAX_EVENT_BYTES:,} bytes")
+        return events
 
     def _take(self, line: bytes) -> str | None:
         """The data of the event that `line` ends, if it is empty and there was any."""

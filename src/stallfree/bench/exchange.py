@@ -72,6 +72,7 @@ class _Answer:
         self._now = now
         self._has_events = False
         self._is_finished = False
+        self._unsure_s: list[float] = []  # of events without text at either end
 
     async def read(self, response: httpx.Response) -> None:
         """Read to the end of the stream; raises _FailedError if it is no whole answer."""
@@ -84,10 +85,11 @@ class _Answer:
             for data in reader.feed(chunk):
                 self._take(data, arrived_s)
             if self._record.end_s is not None:
-                return
+                break
+        self._settle()
         if not self._has_events and "text/event-stream" not in kind:
             raise _FailedError("garbage", f"no event came, in an answer of {shorten(kind)}")
-        if not self._is_finished:
+        if not self._is_finished and self._record.end_s is None:
             num_tokens = len(self._record.token_s)
             message = f"the stream ended after {num_tokens} tokens, without [DONE]"
             raise _FailedError("broken", message)
@@ -118,10 +120,22 @@ class _Answer:
             is_opening = "role" in delta
         is_last = choice.get("finish_reason") is not None
         self._is_finished |= is_last
-        # a token may have no text, being part of a character; but neither a chat's opening, which
-        # some servers send before any token, nor an end in an event of its own is a token
+        # a token may have no text, being part of a character or the end
         if has_text or not (is_last or is_opening):
             self._record.token_s.append(arrived_s)
+        else:
+            self._unsure_s.append(arrived_s)
+
+    def _settle(self) -> None:
+        """Take the opening of a chat and an end without text for tokens if the count needs them.
+
+        Some servers send them as events of their own, which bring no token.
+        """
+        times, count = self._record.token_s, self._record.output_tokens
+        num_missing = 0 if count is None else count - len(times)
+        if 0 < num_missing <= len(self._unsure_s):
+            times += self._unsure_s[-num_missing:]
+            times.sort()
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         """Take the server's counts; a wait for scheduling is told by stallfree alone."""

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def write_csv(path: Path, results: Results) -> None:
 
 def summary_values(summary: Summary) -> dict[str, Any]:
     """A summary as JSON holds it: null where there is no number."""
-    return {name: _without_nan(value) for name, value in asdict(summary).items()}
+    return {each.name: _without_nan(getattr(summary, each.name)) for each in fields(summary)}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -77,6 +77,7 @@ def summarize(results: Results, slo: Slo | None = None) -> Summary:
     ends = [each.token_s[-1] for each in records if each.token_s]
     start_s = min((each.sent_s for each in records), default=0.0)
     duration_s = max(ends, default=math.nan) - start_s
+    per_s = 1 / duration_s if duration_s else math.nan
     output = sum(each.output_tokens or len(each.token_s) for each in answered)
     prompt = sum(each.prompt_tokens or each.arrival.prompt_tokens for each in answered)
     num_good = None if slo is None else sum(slo.is_met(each) for each in records)
@@ -86,10 +87,10 @@ def summarize(results: Results, slo: Slo | None = None) -> Summary:
         num_answered=len(answered),
         failures=Counter(each.failure.kind for each in records if each.failure is not None),
         duration_s=duration_s,
-        requests_per_s=len(answered) / duration_s,
-        output_tokens_per_s=output / duration_s,
-        total_tokens_per_s=(output + prompt) / duration_s,
-        goodput_per_s=None if num_good is None else num_good / duration_s,
+        requests_per_s=len(answered) * per_s,
+        output_tokens_per_s=output * per_s,
+        total_tokens_per_s=(output + prompt) * per_s,
+        goodput_per_s=None if num_good is None else num_good * per_s,
         num_good=num_good,
     )
 
