@@ -70,7 +70,7 @@ def read_points(folder: Path) -> list[Point]:
     for row in _rows(folder, "hybrid"):
         prefill, decodes = int(row["batch_num_prefill_tokens"]), int(row["batch_num_decode_tokens"])
         name = f"{prefill:,} tokens beside {decodes} decodes"
-        chunks = (prefill,) if prefill else ()
+        chunks: tuple[int, ...] = (prefill,) if prefill else ()
         points.append(
             Point("hybrid", name, chunks, decodes, float(row["batch_execution_time"]) / 1e3)
         )
