@@ -19,7 +19,7 @@ SPLITS, SPLIT_QPS = ((8, 1), (4, 2)), (0.3, 0.6, 0.9, 1.2)
 PIPELINE_QPS = 0.6
 ABLATION_QPS = {
     "openchat_sharegpt4": tuple(round(0.5 + 0.1 * step, 2) for step in range(8)),
-    "arxiv_summarization": tuple(round(0.2 + 0.025 * step, 3) for step in range(9)),
+    "arxiv_summarization": tuple(round(0.3 + 0.0125 * step, 4) for step in range(8)),
 }
 ABLATION_POLICIES = ("hybrid_only", "simple_chunking", "sarathi")
 
