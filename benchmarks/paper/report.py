@@ -18,6 +18,7 @@ PUBLISHED_GAINS = {  # section 5.1: the largest gain in capacity over a baseline
     "Falcon-180B": (5.6, "vllm"),
 }
 LLAMA_OVER_ORCA = 6.3
+_STALL_COLUMNS = ("tbt_p50_ms", "tbt_p99_ms", "tbt_max_ms", "tokens_per_s")
 
 INTRODUCTION = """\
 # The findings of Sarathi-Serve, reproduced
@@ -167,7 +168,7 @@ def _capacities(results: dict[str, Any]) -> list[str]:
         "## Capacity (simulated)\n",
         (
             "The highest rate at which P99 TBT keeps the target and the median request waits at most "
-            "2 s: requests per second, the mean of three seeds of 512 requests, each to 2.5 %. "
+            "2 s: requests per second, the mean of two seeds of 256 requests, each to 2.5 %. "
             "`sarathi` has the paper's budgets (512; relaxed 2,048, LLaMA2-70B 1,536), "
             "`sarathi --tbt-slo` is told the target instead.\n"
         ),
@@ -214,8 +215,8 @@ def _overhead(results: dict[str, Any]) -> list[str]:
         rows[-1] += [f"{own[0] / qps:.2f}" if qps else "-" for qps in own[1:]]
     return [
         (
-            "Yi-34B with the overhead of the artifact's step times (1 ms a request, 0.78 ms a layer at "
-            "least), which the paper's capacities do not show:\n"
+            "Yi-34B with the overhead of the artifact's step times (1 ms a request, 0.78 ms a layer "
+            "at least), which the paper's capacities do not show:\n"
         ),
         _table(["target", "dataset", "sarathi", "vllm", "orca", "/ vllm", "/ orca"], rows),
     ]
@@ -282,8 +283,8 @@ def _ablation(results: dict[str, Any]) -> list[str]:
     parts = [
         "## Ablation (simulated)\n",
         (
-            "Yi-34B, 128 requests, budget 512, means of eight seeds. The paper does not tell its rate: "
-            "for each dataset it is the one whose six values are nearest.\n"
+            "Yi-34B, 128 requests, budget 512, means of eight seeds. The paper does not tell its "
+            "rate: for each dataset it is the one whose six values are nearest.\n"
         ),
     ]
     for dataset, qps in ablation.best_rates(rows).items():
@@ -310,8 +311,10 @@ def _reality(live: dict[str, Any]) -> list[str]:
         return []
     rows = []
     for name, run in live["reality"]["runs"].items():
-        for kind in ("live", "simulated"):
-            rows.append([f"{name}, {kind}", *(f"{value:,.0f}" for value in run[kind].values())])
+        rows += [
+            [f"{name}, {kind}", *(f"{value:,.0f}" for value in run[kind].values())]
+            for kind in ("live", "simulated")
+        ]
         ratios = [run["simulated"][key] / run["live"][key] for key in run["live"]]
         rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
     head = ["", "TBT P50 ms", "TBT P99", "TTFT P50", "TTFT P99", "tokens/s"]
@@ -343,8 +346,8 @@ def _live_capacity(live: dict[str, Any]) -> list[str]:
         "## Capacity (live)\n",
         (
             "The demo model on this machine, lengths of openchat_sharegpt4 scaled to 922 tokens; "
-            "targets of 5 and 25 times a decode iteration of eight answers. Requests per second, one "
-            f"seed of 40 requests, to 10 % (`{live['capacity']['command']}`).\n"
+            "targets of 5 and 25 times a decode iteration of eight answers. Requests per second, "
+            f"one seed of 40 requests, to 10 % (`{live['capacity']['command']}`).\n"
         ),
         _table(head, rows),
     ]

@@ -20,7 +20,7 @@ from stallfree.sim.router import LeastWork
 from stallfree.sim.simulation import Simulation, simulate
 from stallfree.sim.system import System
 
-NUM_REQUESTS, SEEDS = 512, (0, 1, 2)
+NUM_REQUESTS, SEEDS = 256, (0, 1)
 MAX_DELAY_S = 2.0
 ABLATION_REQUESTS, ABLATION_SEEDS = 128, range(8)
 START_QPS = {"Mistral-7B": 2.0, "Yi-34B": 0.7, "LLaMA2-70B": 0.5, "Falcon-180B": 0.7}

@@ -20,7 +20,7 @@ from stallfree.sim.times import StageTimes
 
 DEFAULT_TOKEN_BUDGET = 512
 BLOCK_TOKENS = 16
-_MOST_TOKENS = 8192  # of an iteration that a target leaves room for
+_MOST_TOKENS = 2048  # of an iteration, as in a server: larger ones gain nothing
 _CHUNKS = (0, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _DECODES = (0, 1, 8, 32, 128)
 
