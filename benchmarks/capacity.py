@@ -4,7 +4,7 @@
     python benchmarks/capacity.py --resume      # go on where an earlier run was interrupted
 
 The targets are 5 and 25 times a decode iteration of eight answers (40 ms here), as the paper sets
-them for its devices. Requests have the lengths of openchat_sharegpt4, scaled to 1,024 tokens, and
+them for its devices. Requests have the lengths of openchat_sharegpt4, scaled to 600 tokens, and
 arrive at random. The search is that of `stallfree bench capacity`, one seed to 10 %: on two cores a
 run takes about a minute. Prints a table; results go to benchmarks/results/capacity.json.
 """
@@ -34,7 +34,7 @@ from stallfree.cli.workload_options import WorkloadSettings
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / "benchmarks" / "results" / "capacity.jsonl"
-CONTEXT = 1024
+CONTEXT, LONGEST = 640, 600
 TARGETS_S = {"strict": 0.2, "relaxed": 1.0}
 COMMON = f"--max-model-len {CONTEXT} --kv-cache-memory 2GiB"
 SETTINGS = {  # by name, for each target; a setting without one serves both
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=40, help="of each run")
+    parser.add_argument("--requests", type=int, default=50, help="of each run")
     parser.add_argument("--precision", type=float, default=0.1)
     parser.add_argument("--min-qps", type=float, default=0.15, help="the lowest rate that is tried")
     parser.add_argument("--only", nargs="*", choices=SETTINGS, help="some of the settings")
@@ -100,12 +100,12 @@ def _capacities(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def _search(
     url: str, arguments: str, criteria: list[Criterion], options: argparse.Namespace
 ) -> tuple[list[Capacity], dict[str, object]]:
-    settings = WorkloadSettings(num_requests=options.requests, max_total_tokens=CONTEXT * 9 // 10)
+    settings = WorkloadSettings(num_requests=options.requests, max_total_tokens=LONGEST)
     system = LiveSystem(Endpoint(url), settings)
     facts = {**system.facts(), "endpoint": arguments}  # the port is another one each time
     prefill = system.measure_unloaded()
     search = SearchSettings(
-        seeds=(0,), start_qps=0.6, min_qps=options.min_qps, precision=options.precision
+        seeds=(0,), start_qps=1.0, min_qps=options.min_qps, precision=options.precision
     )
     every = find_capacities(
         system.measure,

@@ -37,7 +37,7 @@ from stallfree.sim.router import LeastWork
 from stallfree.sim.simulation import simulate
 
 ROOT = Path(__file__).parent.parent
-CONTEXT, KV_BYTES = 1024, 2**31
+CONTEXT, LONGEST, KV_BYTES = 640, 600, 2**31
 LIMIT = 0.15
 SCHEDULERS = {
     "sarathi": SchedulingSettings(scheduler="sarathi", token_budget=96, max_model_len=CONTEXT),
@@ -86,7 +86,7 @@ def _compare(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     _profile(profiles[0])
     with serving(arguments) as url:
         load = ["--qps", str(options.qps), "--num-requests", str(options.requests)]
-        load += ["--max-total-tokens", str(CONTEXT * 9 // 10), "--output", str(output)]
+        load += ["--max-total-tokens", str(LONGEST), "--output", str(output)]
         _stallfree("bench", "serve", url, *load)
     _profile(profiles[1])
     live = read_json(output)
