@@ -316,6 +316,23 @@ def test_a_server_without_counts_has_a_token_for_a_word() -> None:
     assert size == PromptSize(1.0, 0.0, is_measured=False)
 
 
+@pytest.mark.parametrize(
+    ("about", "length"),
+    [
+        ({"max_model_len": 4096}, 4096),
+        ({"meta": {"n_ctx": 2816, "n_ctx_train": 32768}}, 2816),
+        ({"max_model_len": "long", "meta": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_context_is_found_as_servers_tell_it(about: dict[str, Any], length: int | None) -> None:
+    data = [{"id": "another", "max_model_len": 7}, {"id": "own", **about}]
+    models = response(200, json.dumps({"data": data}).encode())
+    with fake_server(models=models) as fake:
+        ready = asyncio.run(prepare(Endpoint(fake.url, model="own")))
+    assert (ready.model, ready.max_model_len) == ("own", length)
+
+
 def test_a_server_that_dies_ends_the_run() -> None:
     async def last_answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
         await answer_in_full(asked, writer)

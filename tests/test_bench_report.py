@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
 
 from stallfree.bench import figures
 from stallfree.bench.files import read_json, write_csv, write_json
@@ -23,6 +22,8 @@ from stallfree.bench.records import Failure, Record, Results
 from stallfree.bench.report import count_table, latency_table, notes
 from stallfree.bench.workload import Arrival, Workload
 from stallfree.errors import ConfigError
+
+get_plotlyjs = pytest.importorskip("plotly.offline").get_plotlyjs
 
 SLO = Slo(tbt_s=0.2, ttft_s=2.0)
 NASTY = "</script><script>alert('&')</script>"

@@ -18,6 +18,8 @@ from stallfree.bench.files import read_json
 from stallfree.cli.app import app
 from stallfree.errors import ConfigError, EndpointError
 
+pytest.importorskip("plotly")
+
 SMALL = ["--workload", "fixed:25,3", "--num-requests", "4", "--qps", "200"]
 
 

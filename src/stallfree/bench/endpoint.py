@@ -134,9 +134,16 @@ async def _find_model(http: httpx.AsyncClient, endpoint: Endpoint) -> Endpoint:
     if name is None:
         raise EndpointError(f"{url} lists no models; name one with --model")
     about: dict[str, Any] = next((each for each in models if each["id"] == name), {})
-    length = about.get("max_model_len")
-    known = endpoint.max_model_len or (length if isinstance(length, int) and length > 0 else None)
-    return replace(endpoint, model=name, max_model_len=known)
+    return replace(
+        endpoint, model=name, max_model_len=endpoint.max_model_len or _context_length(about)
+    )
+
+
+def _context_length(about: Mapping[str, Any]) -> int | None:
+    """The context of a model as servers tell it: vLLM and stallfree, or llama.cpp."""
+    meta = about.get("meta")
+    lengths = (about.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None)
+    return next((each for each in lengths if isinstance(each, int) and each > 0), None)
 
 
 async def _measure_size(http: httpx.AsyncClient, endpoint: Endpoint) -> PromptSize:
