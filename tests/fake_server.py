@@ -86,12 +86,15 @@ class FakeServer:
     Attributes:
         answer: answers streamed requests, all but the first of which may go to `later`.
         models, probe: whole responses to other requests instead of the usual ones.
+        keeps_alive: whether a connection may bring several requests.
     """
 
     answer: Answer = answer_in_full
     later: Answer | None = None
     models: bytes | None = None
     probe: bytes | None = None
+    keeps_alive: bool = False
+    num_connections: int = 0
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
@@ -102,25 +105,30 @@ class FakeServer:
         return [each for each in self.asked if each.body.get("stream")]
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request and close the connection."""
+        """Answer the requests of a connection, one unless it is kept, and close it."""
+        self.num_connections += 1
         try:
-            asked = await _read(reader)
-            self.asked.append(asked)
-            if asked.method == "GET":
-                data = json.dumps({"data": [{"id": MODEL, "max_model_len": 4096}]}).encode()
-                writer.write(self.models or response(200, data))
-            elif not asked.body.get("stream"):
-                counts = {"prompt_tokens": asked.prompt_tokens, "completion_tokens": 1}
-                data = json.dumps({"choices": [{"text": "a"}], "usage": counts}).encode()
-                writer.write(self.probe or response(200, data))
-            else:
-                is_first = len(self.streamed) == 1
-                await (self.answer if is_first or self.later is None else self.later)(asked, writer)
-            await writer.drain()
+            await self._answer(await _read(reader), writer)
+            while self.keeps_alive:
+                await self._answer(await _read(reader), writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
             writer.close()
+
+    async def _answer(self, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        self.asked.append(asked)
+        if asked.method == "GET":
+            data = json.dumps({"data": [{"id": MODEL, "max_model_len": 4096}]}).encode()
+            writer.write(self.models or response(200, data))
+        elif not asked.body.get("stream"):
+            counts = {"prompt_tokens": asked.prompt_tokens, "completion_tokens": 1}
+            data = json.dumps({"choices": [{"text": "a"}], "usage": counts}).encode()
+            writer.write(self.probe or response(200, data))
+        else:
+            is_first = len(self.streamed) == 1
+            await (self.answer if is_first or self.later is None else self.later)(asked, writer)
+        await writer.drain()
 
 
 async def _read(reader: asyncio.StreamReader) -> Asked:

@@ -236,6 +236,37 @@ def test_a_finish_reason_or_done_ends_an_answer(end: bytes) -> None:
     assert len(record.token_s) == 2
 
 
+def test_what_comes_after_the_end_is_not_waited_for() -> None:
+    async def open_ended(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await answer_in_full(asked, writer)
+        await asyncio.sleep(30)
+
+    async def cut_off(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD.replace(b"connection: close", b"content-length: 9999"))
+        writer.write(token() * 3 + usage(asked, 3))
+
+    for answer in (open_ended, cut_off):
+        with fake_server(answer=answer) as fake:
+            (record,) = run(fake.url, requests(1)).records
+        assert record.failure is None
+        assert len(record.token_s) == 3
+
+
+def test_a_connection_is_used_again() -> None:
+    async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        body = token() * 3 + usage(asked, 3)
+        head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: "
+        writer.write(f"{head}{len(body) + 1}\r\n\r\n".encode() + body)
+        await writer.drain()
+        await asyncio.sleep(0.01)
+        writer.write(b"\n")
+
+    with fake_server(answer=answer, keeps_alive=True) as fake:
+        results = run(fake.url, Workload(requests(6).arrivals, clients=1))
+        assert fake.num_connections == 4  # one for each request that found out about the server
+    assert summarize(results).num_answered == 6
+
+
 def test_a_slow_answer_runs_out_of_time() -> None:
     async def slow(asked: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(SSE_HEAD + token())

@@ -1,7 +1,9 @@
 """The load generator: a workload sent to a server in real time, and what came of it.
 
 In an open loop each request is sent at its time, however many are under way; how late it was is in
-its record. It runs in one thread: what else runs there shows in the times.
+its record. It runs in one thread: what else runs there shows in the times. At 475 tokens a second
+over 32 streams it takes 24 % of a core, and gaps are off by 0.7 ms at P99 (2 cores of Zen 3,
+`benchmarks/bench_overhead.py`).
 """
 
 from __future__ import annotations

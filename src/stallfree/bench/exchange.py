@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from stallfree.bench.events import EventReader
 from stallfree.bench.records import Failure, Record
 
 MAX_ERROR_BYTES = 1 << 16
+REST_TIMEOUT_S = 0.2
 _TEXTS = ("content", "reasoning_content", "reasoning")  # of a chat's delta
 _CLOSED = ("closed", "disconnected")  # in what httpx says of a connection that ended too early
 
@@ -80,11 +82,13 @@ class _Answer:
         if "json" in kind:
             raise await _not_streamed(response)
         reader = EventReader()
-        async for chunk in response.aiter_raw():
+        chunks = response.aiter_raw()
+        async for chunk in chunks:
             arrived_s = self._now()
             for data in reader.feed(chunk):
                 self._take(data, arrived_s)
             if self._record.end_s is not None:
+                await _read_rest(chunks)
                 break
         self._settle()
         if not self._has_events and "text/event-stream" not in kind:
@@ -140,15 +144,21 @@ class _Answer:
     def _take_usage(self, usage: dict[str, Any]) -> None:
         """Take the server's counts; a wait for scheduling is told by stallfree alone."""
         record = self._record
-        for name, count in (
-            ("prompt_tokens", "prompt_tokens"),
-            ("output_tokens", "completion_tokens"),
-        ):
-            if count in usage:
-                setattr(record, name, int(usage[count]))
+        if "prompt_tokens" in usage:
+            record.prompt_tokens = int(usage["prompt_tokens"])
+        if "completion_tokens" in usage:
+            record.output_tokens = int(usage["completion_tokens"])
         delay_ms = usage.get("scheduling_delay_ms")
         if delay_ms is not None:
             record.scheduled_s = record.sent_s + delay_ms / 1000
+
+
+async def _read_rest(chunks: AsyncIterator[bytes]) -> None:
+    """Read what follows [DONE], so that the connection can be used again."""
+    with suppress(TimeoutError, httpx.HTTPError):
+        async with asyncio.timeout(REST_TIMEOUT_S):
+            async for _ in chunks:
+                pass
 
 
 async def _refusal(response: httpx.Response) -> _FailedError:
