@@ -16,6 +16,7 @@ import json
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from stallfree.cli.live_system import LiveSystem
 from stallfree.cli.workload_options import WorkloadSettings
 
 ROOT = Path(__file__).parent.parent
-STATE = ROOT / "benchmarks" / "results" / "capacity.jsonl"
+STATE = Path(tempfile.gettempdir()) / "stallfree-capacity.jsonl"
 CONTEXT, LONGEST = 640, 600
 TARGETS_S = {"strict": 0.2, "relaxed": 1.0}
 COMMON = f"--max-model-len {CONTEXT} --kv-cache-memory 2GiB"
