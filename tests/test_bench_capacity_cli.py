@@ -20,7 +20,8 @@ from stallfree.bench.capacity import Capacity, Criterion, SeedCapacity
 from stallfree.bench.capacity_report import capacity_notes, probe_line
 from stallfree.bench.probe import QUANTILES, Probe
 from stallfree.cli.app import app
-from stallfree.cli.bench_capacity import print_capacity, read_share
+from stallfree.cli.capacity_options import read_share
+from stallfree.cli.capacity_search import print_capacity
 from stallfree.errors import ConfigError, EndpointError
 
 NUM_REQUESTS = 3

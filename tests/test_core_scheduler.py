@@ -107,6 +107,7 @@ class Setup:
     block_size: int
     max_num_seqs: int
     depth: int  # batches in flight at once
+    num_stages: int  # what the scheduler is told of that
     watermark: float
     prefill_order: str
     is_fair: bool
@@ -122,7 +123,8 @@ setups = st.builds(
     num_blocks=st.integers(12, 60),
     block_size=st.sampled_from([4, 5, 8]),
     max_num_seqs=st.integers(1, 12),
-    depth=st.integers(1, 3),
+    depth=st.integers(1, 4),
+    num_stages=st.integers(1, 4),
     watermark=st.sampled_from([0.0, 0.01, 0.2, 0.9]),
     prefill_order=st.sampled_from(sorted(PREFILL_ORDERS)),
     is_fair=st.booleans(),
@@ -143,6 +145,7 @@ class Run:
             setup.max_num_seqs,
             MAX_MODEL_LEN,
             watermark=setup.watermark,
+            num_stages=setup.num_stages,
             prefill_order=setup.prefill_order,
             is_fair=setup.is_fair,
         )
@@ -152,6 +155,7 @@ class Run:
         self.in_flight: list[Batch] = []
         self.requests: list[Request] = []
         self.failed: set[str] = set()
+        self.passed_over: dict[str, int] = {}  # batches without a decode that was ready
 
     def arrive(self) -> None:
         random = self.random
@@ -209,6 +213,7 @@ class Run:
     def check_batch(self, batch: Batch) -> None:
         busy = [chunk.request for other in self.in_flight for chunk in other.chunks]
         assert not any(chunk.request in busy for chunk in batch.chunks)
+        self.check_nobody_waits_for_ever(batch, busy)
         assert all(chunk.request.state is RequestState.RUNNING for chunk in batch.chunks)
         assert len(self.scheduler.running) <= self.setup.max_num_seqs
         policy = POLICIES[self.setup.policy]
@@ -221,13 +226,29 @@ class Run:
             assert batch.num_tokens <= limit
         if policy.reserves_context:
             assert all(request.num_preemptions == 0 for request in self.requests)
-        if self.setup.policy in ("sarathi", "hybrid_only", "orca") and self.setup.depth == 1:
+        is_whole = self.setup.depth == self.setup.num_stages == 1
+        if self.setup.policy in ("sarathi", "hybrid_only", "orca") and is_whole:
             due = [each for each in self.scheduler.running if each.is_decode and not each.is_flex]
             assert {id(request) for request in due} == {
                 id(chunk.request)
                 for chunk in batch.chunks
                 if chunk.is_decode and not chunk.request.is_flex
             }
+
+    def check_nobody_waits_for_ever(self, batch: Batch, busy: list[Request]) -> None:
+        """Of decodes, where a policy runs all that it is shown."""
+        if self.setup.policy in ("vllm", "simple_chunking"):
+            return
+        own = [chunk.request for chunk in batch.chunks]
+        left_out = [
+            each.request_id
+            for each in self.scheduler.running
+            if each.is_decode and not each.is_flex and each not in busy and each not in own
+        ]
+        self.passed_over = {name: self.passed_over.get(name, 0) + 1 for name in left_out}
+        # as many batches as stages, and a few if those ahead end, which makes the share smaller
+        most = 2 * self.setup.num_stages if self.setup.num_stages > 1 else 0
+        assert max(self.passed_over.values(), default=0) <= most
 
     def check_end(self) -> None:
         assert self.scheduler.pool.num_free == self.setup.num_blocks
@@ -435,3 +456,94 @@ def test_policies_that_reserve_use_every_block() -> None:
         assert batch is not None
         assert len(batch.chunks) == 4
         own.pool.release(pool)
+
+
+def test_decodes_that_have_no_share_wait_in_line() -> None:
+    """Four decodes, a share of one, and two batches in flight: three are ready each time."""
+    config = SchedulerConfig(num_stages=4)
+    own = Scheduler(config, BlockPool(100, 4), StaticBudget(64))
+    for name in "abcd":
+        own.add(request(name, max_tokens=40))
+    first = own.schedule()
+    assert first is not None
+    own.complete(first, [1] * 4)
+    order, in_flight = [], []
+    for _ in range(40):
+        batch = own.schedule()
+        assert batch is not None
+        in_flight.append(batch)
+        order += [chunk.request.request_id for chunk in batch.chunks]
+        if len(in_flight) == 2:
+            own.complete(in_flight.pop(0), [1])
+    assert "".join(order) == "abcd" * 10
+
+
+def test_iterations_that_are_repeated_leave_what_single_ones_leave() -> None:
+    def after(repeats: bool) -> tuple[object, ...]:
+        config = SchedulerConfig(max_model_len=64, is_fair=True)
+        own = Scheduler(config, BlockPool(40, 4), StaticBudget(64))
+        sizes = {"short": (5, 12), "long": (9, 30)}
+        for name, (num_prompt, max_tokens) in sizes.items():
+            made = Request(
+                name,
+                range(num_prompt),
+                SamplingParams(ignore_eos=True),
+                max_tokens=max_tokens,
+                targets=Targets(user=name),
+            )
+            own.add(made)
+        batches = [own.schedule()]
+        for _ in range(2):  # the prompts, then decodes
+            assert batches[-1] is not None
+            own.complete(batches[-1], [7] * 2)
+            batches.append(own.schedule())
+        batch = batches[-1]
+        assert batch is not None
+        own.complete(batch, [7] * 2)
+        assert own.num_repeats(batch) == 12 - 3 - 1
+        if repeats:
+            own.repeat(batch, 7, 3)
+            own.repeat(batch, 7, own.num_repeats(batch))
+            assert own.num_repeats(batch) == 0
+        else:
+            for _ in range(8):
+                batch = own.schedule()
+                assert batch is not None
+                own.complete(batch, [7] * 2)
+        own.check_integrity()
+        state = [
+            (list(r.output_token_ids), r.num_computed_tokens, len(r.block_table))
+            for r in own.running
+        ]
+        assert own._counters is not None
+        counters = [own._counters[name] for name in sizes]
+        rest = [[chunk.start for chunk in each.chunks] for each in run_to_end(own)]
+        assert own.pool.num_free == 40
+        return state, counters, rest
+
+    assert after(repeats=True) == after(repeats=False)
+
+
+def test_what_cannot_be_repeated() -> None:
+    def repeats(*requests: Request, num_blocks: int = 40, waits: bool = False) -> int:
+        own = scheduler(num_blocks)
+        for each in requests:
+            own.add(each)
+        for _ in range(2):
+            batch = own.schedule()
+            assert batch is not None
+            own.complete(batch, [7] * len(batch.sampling))
+        if waits:
+            own.add(request("waits"))
+        assert batch is not None
+        return own.num_repeats(batch)
+
+    plain = SamplingParams()
+    stops = SamplingParams(ignore_eos=True, stop_token_ids=(9,))
+    assert repeats(request("a"), request("b", max_tokens=5)) == 2
+    assert repeats(request("a", max_tokens=28), num_blocks=8) == 25
+    assert repeats(request("a"), waits=True) == 0
+    assert repeats(request("a"), request("b", num_prompt=30)) == 0  # whose prompt is being read
+    assert repeats(Request("a", range(4), plain, max_tokens=8)) == 0
+    assert repeats(Request("a", range(4), stops, max_tokens=8)) == 0
+    assert repeats(*(request(f"{i}", 4, 20) for i in range(2)), num_blocks=6) == 0  # one must go

@@ -13,9 +13,8 @@ import gc
 import json
 import resource
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import SystemRandom
 
@@ -23,6 +22,7 @@ import httpx
 
 from stallfree.bench.endpoint import Endpoint, prepare
 from stallfree.bench.exchange import exchange
+from stallfree.bench.progress import OnProgress, Progress
 from stallfree.bench.prompts import Prompts, PromptSize
 from stallfree.bench.records import Record, Results
 from stallfree.bench.workload import Workload
@@ -33,26 +33,6 @@ GONE_AFTER_S = 5.0
 MAX_PAUSE_S = 60.0
 INTERRUPTED = "it was interrupted"
 GONE = "the server could no longer be reached"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is: requests planned, sent, answered and failed; tokens that came."""
-
-    elapsed_s: float
-    num_planned: int
-    num_sent: int
-    num_answered: int
-    num_failed: int
-    num_tokens: int
-
-    @property
-    def num_in_flight(self) -> int:
-        """Requests whose end has not come."""
-        return self.num_sent - self.num_answered - self.num_failed
-
-
-OnProgress = Callable[[Progress], None]
 
 
 async def run_workload(

@@ -107,7 +107,15 @@ def percentile(values: Sequence[float], share: float) -> float:
     return _at(sorted(values), share)
 
 
+def num_above(count: int, share: float) -> int:
+    """How many of `count` values may exceed a limit that their percentile is within."""
+    return count - _rank(count, share)
+
+
 def _at(ordered: Sequence[float], share: float) -> float:
-    if not ordered:
-        return math.nan
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+    return ordered[_rank(len(ordered), share) - 1] if ordered else math.nan
+
+
+def _rank(count: int, share: float) -> int:
+    """Which of `count` values in their order is the percentile, from 1."""
+    return min(count, max(1, math.ceil(share * count)))

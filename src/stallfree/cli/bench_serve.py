@@ -20,9 +20,9 @@ from stallfree.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stallfree.bench.client import OnProgress, Progress
     from stallfree.bench.endpoint import Endpoint
     from stallfree.bench.metrics import Slo
+    from stallfree.bench.progress import OnProgress, Progress
     from stallfree.bench.records import Results
     from stallfree.bench.report import Table
 

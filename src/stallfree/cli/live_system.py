@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from stallfree.bench.client import OnProgress, run_workload
+from stallfree.bench.client import run_workload
 from stallfree.bench.endpoint import Endpoint, prepare
 from stallfree.bench.probe import PrefillTimes
+from stallfree.bench.progress import OnProgress
 from stallfree.bench.records import Results
 from stallfree.bench.workload import Workload
-from stallfree.bench.workloads import stretched
 from stallfree.cli.bench_serve import CONTEXT_SHARE
+from stallfree.cli.drawn_workload import DrawnWorkload
 from stallfree.cli.workload_options import WorkloadSettings
-from stallfree.errors import ConfigError, EndpointError
+from stallfree.errors import EndpointError
 
 UNLOADED_REQUESTS = 12
 _LOAD_FAILURES = {"refused", "timeout"}  # what a working server does under load
@@ -35,29 +34,21 @@ class LiveSystem:
     """
 
     def __init__(self, endpoint: Endpoint, settings: WorkloadSettings) -> None:
-        if settings.clients is not None:
-            raise ConfigError(f"clients is {settings.clients}; a capacity needs an open loop")
-        self._settings = replace(settings, qps=None)
-        self._max_model_len: int | None = None
-        self._draw(settings.workload_seed)  # what is wrong is said before the server is asked
+        self._drawn = DrawnWorkload(settings)  # what is wrong is said before the server is asked
         self._endpoint = asyncio.run(prepare(endpoint))
         if self._endpoint.max_model_len is not None:
-            self._max_model_len = int(self._endpoint.max_model_len * CONTEXT_SHARE)
+            self._drawn = DrawnWorkload(settings, int(self._endpoint.max_model_len * CONTEXT_SHARE))
 
     def facts(self) -> Mapping[str, object]:
         """All that a probe depends on, as far as that can be known."""
         endpoint = self._endpoint
-        arrivals = [asdict(each) for each in self._draw(0).arrivals]
         return {
             "endpoint": endpoint.base_url,
             "model": endpoint.model,
             "api": endpoint.api,
             "extra_body": dict(endpoint.extra_body),
             "timeout_s": endpoint.timeout_s,
-            "workload": self._settings.lengths,
-            "arrivals": self._settings.arrivals,
-            "requests": len(arrivals),
-            "requests_hash": hashlib.sha256(json.dumps(arrivals).encode()).hexdigest()[:16],
+            **self._drawn.facts(),
         }
 
     def measure_unloaded(self) -> PrefillTimes | None:
@@ -66,8 +57,7 @@ class LiveSystem:
         Raises:
             EndpointError: a request failed.
         """
-        drawn = self._draw(self._settings.workload_seed)
-        by_size = sorted(drawn.arrivals, key=lambda each: each.prompt_tokens)
+        by_size = sorted(self._drawn.first().arrivals, key=lambda each: each.prompt_tokens)
         last, count = len(by_size) - 1, min(UNLOADED_REQUESTS, len(by_size))
         places = {round(place * last / max(1, count - 1)) for place in range(count)}
         chosen = tuple(replace(by_size[place], output_tokens=1) for place in sorted(places))
@@ -82,12 +72,10 @@ class LiveSystem:
     def measure(self, qps: float, seed: int, on_progress: OnProgress | None = None) -> Results:
         """One run, to the end of its last request, so that the next one finds the server idle.
 
-        The draw's own rate is made `qps` exactly, so that draws differ in less than they might.
-
         Raises:
             EndpointError: the server is gone, or answers nothing for reasons that are not load.
         """
-        workload = stretched(self._draw(seed), qps)
+        workload = self._drawn.at_rate(qps, seed)
         results = asyncio.run(run_workload(self._endpoint, workload, on_progress))
         failures = [each.failure for each in results.records if each.failure is not None]
         has_answers = len(failures) < len(results.records)
@@ -96,10 +84,3 @@ class LiveSystem:
             reason = failures[-1].message if failures else "the run ended early"
             raise EndpointError(f"the run at {qps:g}/s with seed {seed} shows nothing: {reason}")
         return results
-
-    def _draw(self, seed: int) -> Workload:
-        """The requests of a seed; those of a replay are the same for all."""
-        settings = self._settings
-        if settings.replay is None:
-            settings = replace(settings, workload_seed=seed)
-        return settings.workload(self._max_model_len)

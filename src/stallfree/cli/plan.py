@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stallfree.cli.endpoint_options import SloSettings
+from stallfree.cli.simulate import RouterOption
 from stallfree.cli.system_options import SystemSettings
 from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.scheduling_settings import SchedulingSettings
@@ -21,9 +23,7 @@ def plan(
     scheduling: SchedulingSettings,
     workload: WorkloadSettings,
     targets: SloSettings,
-    router: Annotated[
-        str, typer.Option(metavar="NAME", help="round-robin, least-work or prefix-affine.")
-    ] = "least-work",
+    router: RouterOption = "least-work",
     max_replicas: Annotated[
         int, typer.Option(min=1, max=4096, metavar="REPLICAS", help="Where to give up.")
     ] = 256,
@@ -34,6 +34,9 @@ def plan(
     within --slo-tbt, that of the time to the first token within --slo-ttft; without the latter, the
     median request must be begun with in 2 s. The exit code is 1 if not even --max-replicas are
     enough.
+
+    Without --token-budget and --tbt-slo, an iteration holds 512 tokens on any device. Simulated
+    requests have no users and no tiers, so --fair and --tier are refused.
     """
     from rich.console import Console
 
@@ -66,8 +69,14 @@ def plan(
 
 
 def _line(trial: Trial) -> str:
-    own = trial.summary.latencies
+    own, tokens_per_s = trial.summary.latencies, trial.summary.output_tokens_per_s
+    failed = [f", {count:,} {kind}" for kind, count in trial.summary.failures.items()]
     return (
-        f"{trial.replicas:8,}  {own['tbt']['p99'] * 1000:5,.0f} ms {own['ttft']['p99']:7,.1f} s"
-        f"  {trial.summary.output_tokens_per_s:8,.0f}  {'within' if trial.keeps else 'not within'}"
+        f"{trial.replicas:8,}  {_number(own['tbt']['p99'] * 1000, 5)} ms "
+        f"{_number(own['ttft']['p99'], 7, 1)} s  {_number(tokens_per_s, 8)}  "
+        f"{'within' if trial.keeps else 'not within'}{''.join(failed)}"
     )
+
+
+def _number(value: float, width: int, digits: int = 0) -> str:
+    return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"

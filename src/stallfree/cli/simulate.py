@@ -15,9 +15,20 @@ from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.scheduling_settings import SchedulingSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
     from stallfree.sim.simulation import Simulation
+
+ReplicasOption = Annotated[
+    int,
+    typer.Option(min=1, max=4096, metavar="REPLICAS", help="Copies of the model behind a router."),
+]
+RouterOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="round-robin, least-work, or prefix-affine: where its prefix is."
+    ),
+]
 
 
 def simulate(
@@ -25,18 +36,8 @@ def simulate(
     scheduling: SchedulingSettings,
     workload: WorkloadSettings,
     targets: SloSettings,
-    replicas: Annotated[
-        int,
-        typer.Option(
-            min=1, max=4096, metavar="REPLICAS", help="Copies of the model behind a router."
-        ),
-    ] = 1,
-    router: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="round-robin, least-work, or prefix-affine: where its prefix is."
-        ),
-    ] = "least-work",
+    replicas: ReplicasOption = 1,
+    router: RouterOption = "least-work",
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Write everything, with the time of each token."),
@@ -51,6 +52,9 @@ def simulate(
     It is the loop and the scheduler that serve; only the time of each iteration is predicted: from
     a device's operations and bytes, or from a profile of a real machine. Prints the report of
     `stallfree bench serve`, and what each pipeline stage did.
+
+    Without --token-budget and --tbt-slo, an iteration holds 512 tokens on any device. Simulated
+    requests have no users and no tiers, so --fair and --tier are refused.
     """
     from rich.console import Console
 
@@ -68,38 +72,45 @@ def simulate(
     slo = targets.slo()
     console = Console()
     print_report(console, done.results, slo)
-    console.print(_replicas(done))
-    console.print(_speed(done, seconds), highlight=False)
+    _print_replicas(console, done)
+    num_iterations = sum(replica.num_iterations for replica in done.replicas)
+    console.print(speed_line(done.results.end_s, seconds, num_iterations), highlight=False)
     write_results(done.results, slo, output, csv, html)
 
 
-def _replicas(done: Simulation) -> Table:
-    """What each replica and its stages did."""
+def _print_replicas(console: Console, done: Simulation) -> None:
+    """Print what each replica and its stages did."""
     from rich import box
     from rich.table import Table
 
     from stallfree.sim.pipeline import Bubble
 
-    table = Table(box=box.SIMPLE)
-    table.add_column("replica, stage")
-    for title in ("iterations", "preemptions", "busy", *(kind.name for kind in Bubble)):
-        table.add_column(title.replace("_", " ").lower(), justify="right")
+    is_split = any(replica.pipeline.num_stages > 1 for replica in done.replicas)
+    kinds = list(Bubble) if is_split else [Bubble.NO_WORK]
+    table = Table(box=box.SIMPLE, collapse_padding=True)  # nine columns in 80 characters
+    titles = ["no work" if kind is Bubble.NO_WORK else kind.name for kind in kinds]
+    for title in ("replica", "stage", "batches", "preempted", "busy", *titles):
+        table.add_column(title, justify="right", no_wrap=True)
     for number, replica in enumerate(done.replicas):
         for place, stage in enumerate(replica.pipeline.stages):
             total_s = done.results.end_s or 1.0
-            shares = [stage.busy_s, *(stage.idle_s[kind] for kind in Bubble)]
+            shares = [stage.busy_s, *(stage.idle_s[kind] for kind in kinds)]
             table.add_row(
-                f"{number}, {place}",
+                str(number),
+                str(place),
                 f"{replica.num_iterations:,}",
                 f"{replica.num_preemptions:,}",
                 *(f"{share / total_s:.1%}" for share in shares),
             )
-    return table
+    console.print(table, highlight=False)
+    if is_split:
+        meanings = [f"{kind.name}: {kind.value}" for kind in kinds if kind is not Bubble.NO_WORK]
+        console.print("; ".join(meanings), highlight=False, soft_wrap=True)
 
 
-def _speed(done: Simulation, seconds: float) -> str:
-    iterations = sum(replica.num_iterations for replica in done.replicas)
+def speed_line(simulated_s: float, seconds: float, num_iterations: int) -> str:
+    """How much was simulated in how many seconds."""
     return (
-        f"{done.results.end_s:,.1f} s simulated in {seconds:,.1f} s, {iterations:,} iterations: "
-        f"{iterations / max(seconds, 1e-9):,.0f} a second"
+        f"{simulated_s:,.1f} s simulated in {seconds:,.1f} s, {num_iterations:,} iterations: "
+        f"{num_iterations / max(seconds, 1e-9):,.0f} a second"
     )

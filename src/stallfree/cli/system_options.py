@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,7 +127,7 @@ class SystemSettings:
 
     def _roofline(self, scheduling: SchedulingSettings) -> System:
         from stallfree.sim.roofline import Efficiency, Roofline
-        from stallfree.sim.system import System
+        from stallfree.sim.system import System, fitted
 
         device, model = load_device(self.device or ""), load_model_shape(self.model or "")
         efficiency = Efficiency(launch_s=self.launch_us * 1e-6, sequence_s=self.sequence_us * 1e-6)
@@ -145,12 +146,14 @@ class SystemSettings:
                 f"{times.kv_cache_tokens:,} tokens of KV cache, and the context is {context:,}: "
                 "take more devices"
             )
+        has_target = scheduling.tbt_slo_s is not None
         return System(
             lambda _: times,
             scheduling,
             self.kv_cache_tokens or times.kv_cache_tokens,
             context,
             tile_tokens=efficiency.tile_tokens,
+            known_times=fitted(times, context) if has_target else None,  # once for all replicas
         )
 
     def _profiled(self, scheduling: SchedulingSettings) -> System:
@@ -183,3 +186,15 @@ class SystemSettings:
         split = f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
         overhead = {"launch_us": self.launch_us, "sequence_us": self.sequence_us}
         return {"model": self.model, "device": self.device, "split": split, **overhead}
+
+    def facts(self) -> dict[str, object]:
+        """All that its step times depend on, with what is in the files; plain enough for JSON.
+
+        Raises:
+            ConfigError: a name or a file is not known.
+        """
+        own = asdict(self)
+        if self.profile is not None:
+            return own | {"profile": hashlib.sha256(self.profile.read_bytes()).hexdigest()}
+        device, model = load_device(self.device or ""), load_model_shape(self.model or "")
+        return own | {"device": asdict(device), "model": asdict(model)}

@@ -104,7 +104,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._output: deque[int] = deque(maxlen=_LAST_OUTPUTS)
         self._decodes_ran_last = False
-        self._left_out: set[str] = set()  # decodes that the last batch had no share for
+        self._left_out: dict[str, int] = {}  # decodes without a share of the last batch, in line
         if self.policy.reserves_context and self._context_blocks > pool.num_blocks:
             raise ConfigError(
                 f"scheduler {config.policy} reserves the full context of {config.max_model_len} "
@@ -354,13 +354,14 @@ class Scheduler:
     def _share(self, ready: list[Request]) -> list[Request]:
         """Without the decodes that are beyond this batch's share of all, as others are in flight.
 
-        Those that the last batch left out go first.
+        Those that were left out before go first, in the order in which that befell them.
         """
         decodes = [request for request in ready if request.is_decode]
         num_decodes = sum(request.num_output_tokens > 0 for request in self.running)
         share = -(-num_decodes // self.config.num_stages)
-        decodes.sort(key=lambda request: request.request_id not in self._left_out)
-        self._left_out = {request.request_id for request in decodes[share:]}
+        line = self._left_out
+        decodes.sort(key=lambda request: line.get(request.request_id, len(line)))
+        self._left_out = {each.request_id: place for place, each in enumerate(decodes[share:])}
         return [request for request in ready if request.request_id not in self._left_out]
 
     def _displace_flex(self, ready: list[Request]) -> list[Request]:

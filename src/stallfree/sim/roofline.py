@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from stallfree.core.batch import Batch
 from stallfree.core.step_time import chunk_context
+from stallfree.errors import ConfigError
 from stallfree.sim.data import Device, ModelShape
 
 
@@ -53,7 +54,6 @@ class _Work:
     num_sampled: int
     num_sequences: int
     prefill_products: int
-    decode_products: int
     context_read: int
 
 
@@ -68,6 +68,9 @@ class Roofline:
         efficiency: see there.
         is_one_node: whether all devices are in one node. Otherwise each stage has one of its own,
             and a single stage is spread over two, so that its devices add up over the network.
+
+    Raises:
+        ConfigError: there are more stages than layers.
     """
 
     def __init__(
@@ -80,6 +83,11 @@ class Roofline:
         *,
         is_one_node: bool = True,
     ) -> None:
+        if pipeline_parallel > model.layers:
+            raise ConfigError(
+                f"pipeline_parallel_size is {pipeline_parallel}; "
+                f"{model.name} has {model.layers} layers"
+            )
         self.device, self.model = device, model
         self.tensor_parallel = tensor_parallel
         self.num_stages = pipeline_parallel
@@ -112,25 +120,15 @@ class Roofline:
         return times
 
     def _work(self, batch: Batch) -> _Work:
-        window = self.model.sliding_window
-        products = decode_products = context_read = 0
+        products = context_read = 0
         for chunk in batch.chunks:
-            stop = chunk.start + chunk.num_tokens
-            read = stop if window is None else min(stop, window + chunk.num_tokens)
-            context_read += read
-            if chunk.is_decode:
-                decode_products += read
-            elif window is None or stop <= window:
-                products += chunk_context(chunk.start, chunk.num_tokens)
-            else:
-                products += sum(min(at + 1, window) for at in range(chunk.start, stop))
+            window = self.model.sliding_window or chunk.stop
+            context_read += min(chunk.stop, window + chunk.num_tokens - 1)
+            if not chunk.is_decode:
+                whole = min(max(0, window - chunk.start), chunk.num_tokens)
+                products += chunk_context(chunk.start, whole) + (chunk.num_tokens - whole) * window
         return _Work(
-            batch.num_tokens,
-            len(batch.sampling),
-            len(batch.chunks),
-            products,
-            decode_products,
-            context_read,
+            batch.num_tokens, len(batch.sampling), len(batch.chunks), products, context_read
         )
 
     def _layer_s(self, work: _Work) -> float:

@@ -1,0 +1,63 @@
+"""The draws of one workload that a search for a capacity runs: any seed, at any rate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from stallfree.bench.workload import Workload
+from stallfree.bench.workloads import stretched
+from stallfree.cli.workload_options import WorkloadSettings
+from stallfree.errors import ConfigError
+
+
+class DrawnWorkload:
+    """One workload, drawn with any seed.
+
+    Args:
+        settings: of the workload; its rate is not looked at.
+        max_model_len: tokens that the model's context holds; None if that is not known.
+
+    Raises:
+        ConfigError: the workload is a closed loop, or wrong.
+    """
+
+    def __init__(self, settings: WorkloadSettings, max_model_len: int | None = None) -> None:
+        if settings.clients is not None:
+            raise ConfigError(f"clients is {settings.clients}; a capacity needs an open loop")
+        self._settings = replace(settings, qps=None)
+        self._max_model_len = max_model_len
+        self.first()  # what is wrong is said at once
+
+    def first(self) -> Workload:
+        """The requests of the seed that is set."""
+        return self._draw(self._settings.workload_seed)
+
+    def at_rate(self, qps: float, seed: int) -> Workload:
+        """The requests of a seed.
+
+        The draw's own rate is made `qps` exactly, so that draws differ in less than they might.
+
+        Raises:
+            ConfigError: they all arrive at once.
+        """
+        return stretched(self._draw(seed), qps)
+
+    def facts(self) -> Mapping[str, object]:
+        """What all draws depend on but their seed, as far as that can be known."""
+        arrivals = [asdict(each) for each in self._draw(0).arrivals]
+        return {
+            "workload": self._settings.lengths,
+            "arrivals": self._settings.arrivals,
+            "requests": len(arrivals),
+            "requests_hash": hashlib.sha256(json.dumps(arrivals).encode()).hexdigest()[:16],
+        }
+
+    def _draw(self, seed: int) -> Workload:
+        """The requests of a seed; those of a replay are the same for all."""
+        settings = self._settings
+        if settings.replay is None:
+            settings = replace(settings, workload_seed=seed)
+        return settings.workload(self._max_model_len)
