@@ -1,50 +1,28 @@
-"""The cache of int8 weights: found by content, never by place or time; small; never damaged."""
+"""The cache of int8 weights is found by content, never by place or time."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
-from safetensors.torch import save_file
-from tiny_models import write_gguf
+from int8_cache_models import NAME, Unread, entries, is_cached, save_model, start, use_cache
 
 from stallfree.errors import WeightFileError
 from stallfree.model import int8_cache
-from stallfree.model.gguf import GgufWeights
-from stallfree.model.int8 import quantize_rows, weight_levels
-from stallfree.model.int8_cache import HeldWeights, int8_weights
+from stallfree.model.int8_cache import int8_weights
 from stallfree.model.weight_reader import SCALES
 from stallfree.model.weights import SafetensorsWeights
-
-NAME = "a.weight"
-
-
-class Unread(HeldWeights):
-    """Weights that must not be quantized."""
-
-    def __init__(self) -> None:
-        super().__init__({})
-
-    def names(self) -> frozenset[str]:
-        raise LookupError
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the entries; hashes are remembered although the files are new."""
-    monkeypatch.setenv("STALLFREE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(int8_cache, "_SETTLED_NS", 0)
-    return tmp_path / "cache" / "int8"
+    return use_cache(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture
@@ -59,37 +37,6 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(hashlib, "file_digest", counting)
     return names
-
-
-def save_model(folder: Path, seed: int = 0) -> Path:
-    """Files of the same size for every seed."""
-    folder.mkdir(exist_ok=True)
-    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
-    tensors = {NAME: weight, "a.bias": torch.ones(4, dtype=torch.bfloat16)}
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def start(folder: Path) -> torch.Tensor:
-    """The int8 values of the model in `folder`, as a process that starts gets them."""
-    return int8_weights(folder, SafetensorsWeights(folder)).tensor(NAME)
-
-
-def is_cached(folder: Path) -> bool:
-    try:
-        return NAME in int8_weights(folder, Unread()).names()
-    except LookupError:
-        return False
-
-
-def entries(cache: Path) -> list[str]:
-    return sorted(file.parent.name for file in cache.glob("*/model.safetensors"))
-
-
-def lock_of(cache: Path, model: Path) -> Path:
-    """The lock of the model's entry, in a folder that exists."""
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"{int8_cache._key(model)}.lock"
 
 
 def test_a_copied_a_moved_and_a_touched_model_are_the_same(cache: Path, tmp_path: Path) -> None:
@@ -223,216 +170,6 @@ def test_the_index_keeps_the_newest_files(
     start(models[0])
     index = json.loads((cache / "hashes.json").read_bytes())
     assert list(index) == [str(models[i] / "model.safetensors") for i in (1, 0)]
-
-
-def test_the_entries_unused_for_longest_are_dropped(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 2)
-    models = [save_model(tmp_path / str(seed), seed) for seed in range(3)]
-    start(models[0])
-    start(models[1])
-    for age, name in enumerate(entries(cache), start=1):
-        os.utime(cache / name / "model.safetensors", (age, age))
-    start(models[0])
-    start(models[2])
-    assert len(entries(cache)) == 2
-    assert [is_cached(model) for model in models] == [True, False, True]
-
-
-def test_an_entry_just_written_stays_though_others_seem_newer(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 1)
-    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
-    start(old)
-    [entry] = entries(cache)
-    os.utime(cache / entry / "model.safetensors", (2**32, 2**32))
-    start(new)
-    assert len(entries(cache)) == 1
-    assert entries(cache) != [entry]
-
-
-def test_what_a_killed_process_left_is_removed(cache: Path, tmp_path: Path) -> None:
-    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
-    start(old)
-    [entry] = entries(cache)
-    leftovers = [cache / entry / ".model.safetensors.x", cache / "dead" / ".tmpx"]
-    for leftover in leftovers:
-        leftover.parent.mkdir(exist_ok=True)
-        leftover.write_bytes(b"half")
-    start(new)
-    assert not any(leftover.exists() for leftover in leftovers)
-    assert is_cached(old)
-
-
-def test_processes_that_start_together_quantize_once(cache: Path, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    quantized = []
-    is_waiting = threading.Barrier(3)
-
-    def run() -> None:
-        is_waiting.wait(5)
-        int8_weights(model, SafetensorsWeights(model), lambda done, _: quantized.append(done))
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert quantized == [1, 2]
-    assert is_cached(model)
-
-
-def test_a_lock_that_is_never_released_is_not_waited_for_for_ever(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(int8_cache, "_LOCK_TIMEOUT_S", 0.01)
-    model = save_model(tmp_path / "model")
-    with FileLock(lock_of(cache, model)):
-        assert start(model).dtype == torch.int8
-    assert "waiting for another process that rounds this model" in caplog.text
-    assert "another process has held" in caplog.text
-    assert entries(cache) == []
-
-
-def test_another_model_is_not_waited_for_nor_is_its_half_written_file_removed(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 1)
-    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
-    lock = lock_of(cache, old)
-    half = lock.with_suffix("") / ".model.safetensors.x"
-    half.parent.mkdir()
-    half.write_bytes(b"half")
-    with FileLock(lock):
-        start(new)
-    assert half.exists()
-    assert is_cached(new)
-    assert caplog.text == ""
-
-
-def test_the_lock_outlives_an_entry_that_is_dropped(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(int8_cache, "_MAX_ENTRIES", 1)
-    old, new = (save_model(tmp_path / str(seed), seed) for seed in range(2))
-    lock = lock_of(cache, old)
-    start(old)
-    inode = lock.stat().st_ino
-    start(new)
-    assert not is_cached(old)
-    assert lock.stat().st_ino == inode
-
-
-def test_a_model_that_changes_while_it_is_read_is_refused(cache: Path, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-
-    def change(done: int, total: int) -> None:
-        save_model(model, seed=done)
-
-    with pytest.raises(WeightFileError, match="model changed while it was read; start again"):
-        int8_weights(model, SafetensorsWeights(model), change)
-    assert entries(cache) == []
-
-
-def test_a_change_that_leaves_the_marks_is_refused(cache: Path, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    weights = HeldWeights({NAME: torch.ones(4, 32)})  # without marks
-
-    def change(done: int, total: int) -> None:
-        save_model(model, seed=1)
-
-    with pytest.raises(WeightFileError, match="changed while it was read"):
-        int8_weights(model, weights, change)
-    assert entries(cache) == []
-
-
-def test_a_change_is_refused_without_a_cache_as_well(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    monkeypatch.setenv("STALLFREE_CACHE", str(blocked))
-    model = save_model(tmp_path / "model")
-    with pytest.raises(WeightFileError, match="changed while it was read"):
-        int8_weights(
-            model, SafetensorsWeights(model), lambda done, _: os.utime(model / "model.safetensors")
-        )
-
-
-@pytest.mark.parametrize("is_new_cached", [False, True])
-def test_a_model_replaced_after_it_was_opened_is_refused(
-    cache: Path, tmp_path: Path, is_new_cached: bool
-) -> None:
-    model, new = save_model(tmp_path / "model"), save_model(tmp_path / "new", seed=1)
-    right = quantize_rows(SafetensorsWeights(new).tensor(NAME), weight_levels())[0]
-    if is_new_cached:
-        start(new)
-    opened = SafetensorsWeights(model)
-    (new / "model.safetensors").rename(model / "model.safetensors")
-    with pytest.raises(WeightFileError, match="model changed while it was read; start again"):
-        int8_weights(model, opened)
-    assert len(entries(cache)) == is_new_cached
-    assert torch.equal(start(model), right)
-
-
-def test_a_gguf_file_replaced_after_it_was_opened_is_noticed(cache: Path, tmp_path: Path) -> None:
-    path, new = tmp_path / "model.gguf", tmp_path / "new.gguf"
-    for file in (path, new):
-        write_gguf(file)
-    opened = GgufWeights(path)
-    new.rename(path)
-    with pytest.raises(WeightFileError, match=r"model\.gguf changed while it was read"):
-        int8_weights(path, opened)
-    assert entries(cache) == []
-
-
-def test_why_an_entry_is_made_anew_is_said_once(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = save_model(tmp_path / "model")
-    values = start(model).clone()  # it is mapped
-    assert caplog.text == ""
-    [file] = cache.glob("*/model.safetensors")
-    file.write_bytes(file.read_bytes()[:-10])
-    assert torch.equal(start(model), values)
-    [record] = caplog.records
-    assert "are made anew: " in record.getMessage()
-    assert "is not a usable safetensors file" in record.getMessage()
-
-
-def test_an_entry_that_may_not_be_read_is_not_called_damaged(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = save_model(tmp_path / "model")
-    start(model)
-
-    def refuse(folder: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-
-    weights = SafetensorsWeights(model)
-    monkeypatch.setattr(int8_cache, "SafetensorsWeights", refuse)
-    int8_weights(model, weights)
-    assert "Permission denied" in caplog.text
-    assert "damaged" not in caplog.text
-
-
-def test_a_write_that_fails_leaves_nothing(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weights = HeldWeights({NAME: torch.randn(64, 4096, generator=generator)})
-    model = save_model(tmp_path / "model")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
-        held = int8_weights(model, weights)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert held.tensor(NAME).shape == (64, 4096)
-    assert "are not kept" in caplog.text
-    assert [path.name for path in cache.glob("*/*")] == []
 
 
 def test_a_file_that_cannot_be_read_is_named(cache: Path, tmp_path: Path) -> None:

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_step_time import device_seconds, measured
+from known_device import MODEL, TILE, Device
+from test_step_time import device_seconds
 
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget
-from stallfree.core.request import Request
-from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
-from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor, fit
-
-TILE = 8
-MODEL = fit(measured(0, 300))
-
-
-@dataclass
-class Device:
-    """Runs a scheduler; an iteration takes what the device takes, times `slowness`."""
-
-    scheduler: Scheduler
-    slowness: float = 1.0
-    now: float = 0.0
-    steps: list[tuple[Batch, float]] = field(default_factory=list)
-
-    def step(self) -> None:
-        running = [r for r in self.scheduler.running if r.is_decode and not r.is_flex]
-        batch = self.scheduler.schedule(self.now)
-        assert batch is not None
-        scheduled = {chunk.request.request_id for chunk in batch.chunks}
-        assert {r.request_id for r in running} <= scheduled  # no decode is ever paused
-        self.run_batch(batch)
-
-    def run_batch(self, batch: Batch) -> None:
-        seconds = self.slowness * device_seconds(BatchShape.of(batch))
-        self.now += seconds
-        self.steps.append((batch, seconds))
-        self.scheduler.complete(batch, [1] * len(batch.sampling))
-        self.scheduler.budget.observe(batch, seconds)
-
-    def add(self, name: str, prompt: int, output: int) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        request = Request(name, [1] * prompt, params, max_tokens=output, arrived_at=self.now)
-        self.scheduler.add(request)
-        return request
-
-    def run(self) -> None:
-        for _ in range(20_000):
-            if not self.scheduler.has_requests:
-                return
-            self.step()
-        raise AssertionError("it does not end")
+from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor
 
 
 def make_device(slo_s: float, model: StepTimeModel = MODEL, places: int = 64) -> Device:

@@ -108,7 +108,7 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
     """
     running = [each for each in scheduler.running if request.is_flex or not each.is_flex]
     load, budget = Load(running), scheduler.budget
-    num_tokens, num_waiting = scheduler.tokens_ahead(request)
+    num_tokens, num_waiting = scheduler.outlook.tokens_ahead(request)
     reading_s = _reading_s(num_tokens + request.num_tokens, load, budget)
     pace = budget.pace(load)
     if reading_s is None or pace is None or not running:
@@ -119,7 +119,7 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
     missing = num_waiting + 1 - places
     if missing <= 0:
         return reading_s
-    left = sorted(scheduler.tokens_left(each) for each in running)
+    left = sorted(scheduler.outlook.tokens_left(each) for each in running)
     rounds = math.ceil(missing / len(left))
     return max(reading_s, pace[1] * left[min(missing, len(left)) - 1] * rounds)
 

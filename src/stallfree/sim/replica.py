@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from stallfree.bench.records import Failure, Record
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
+from stallfree.core.repeats import num_repeats, repeat
 from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler
@@ -134,12 +135,12 @@ class Replica:
         return ended
 
     def _repeat(self, batch: Batch, until_s: float) -> None:
-        most = self.scheduler.num_repeats(batch)
+        most = num_repeats(self.scheduler, batch)
         if most == 0:
             return
         at_s = self.clock.now()
         done = self.pipeline.repeat(batch, most, until_s)
-        self.scheduler.repeat(batch, 0, len(done))
+        repeat(self.scheduler, batch, 0, len(done))
         self.num_iterations += len(done)
         ends = [end_s for _, end_s in done]
         for chunk in batch.chunks:
