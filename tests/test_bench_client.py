@@ -25,9 +25,10 @@ from fake_server import (
 )
 from server_fixtures import RunningServer, serve, tiny_engine
 
-from stallfree.bench.client import GONE, INTERRUPTED, Progress, run_workload
+from stallfree.bench.client import GONE, INTERRUPTED, run_workload
 from stallfree.bench.endpoint import Endpoint, prepare
 from stallfree.bench.metrics import Slo, summarize
+from stallfree.bench.progress import Progress
 from stallfree.bench.prompts import OWN_WORDS, Prompts, PromptSize
 from stallfree.bench.records import Failure, Results
 from stallfree.bench.report import count_table, notes, planned_and_counted

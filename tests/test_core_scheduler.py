@@ -21,6 +21,7 @@ from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import Squeezed, StaticBudget
 from stallfree.core.load import Load
 from stallfree.core.policies import POLICIES, Candidate, Policy, Proposal, View
+from stallfree.core.repeats import num_repeats, repeat
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import PolicyError, Scheduler, SchedulerConfig
@@ -500,11 +501,11 @@ def test_iterations_that_are_repeated_leave_what_single_ones_leave() -> None:
         batch = batches[-1]
         assert batch is not None
         own.complete(batch, [7] * 2)
-        assert own.num_repeats(batch) == 12 - 3 - 1
+        assert num_repeats(own, batch) == 12 - 3 - 1
         if repeats:
             own.repeat(batch, 7, 3)
-            own.repeat(batch, 7, own.num_repeats(batch))
-            assert own.num_repeats(batch) == 0
+            repeat(own, batch, 7, num_repeats(own, batch))
+            assert num_repeats(own, batch) == 0
         else:
             for _ in range(8):
                 batch = own.schedule()
@@ -536,7 +537,7 @@ def test_what_cannot_be_repeated() -> None:
         if waits:
             own.add(request("waits"))
         assert batch is not None
-        return own.num_repeats(batch)
+        return num_repeats(own, batch)
 
     plain = SamplingParams()
     stops = SamplingParams(ignore_eos=True, stop_token_ids=(9,))
