@@ -503,7 +503,7 @@ def test_iterations_that_are_repeated_leave_what_single_ones_leave() -> None:
         own.complete(batch, [7] * 2)
         assert num_repeats(own, batch) == 12 - 3 - 1
         if repeats:
-            own.repeat(batch, 7, 3)
+            repeat(own, batch, 7, 3)
             repeat(own, batch, 7, num_repeats(own, batch))
             assert num_repeats(own, batch) == 0
         else:
@@ -516,8 +516,8 @@ def test_iterations_that_are_repeated_leave_what_single_ones_leave() -> None:
             (list(r.output_token_ids), r.num_computed_tokens, len(r.block_table))
             for r in own.running
         ]
-        assert own._counters is not None
-        counters = [own._counters[name] for name in sizes]
+        assert own.counters is not None
+        counters = [own.counters[name] for name in sizes]
         rest = [[chunk.start for chunk in each.chunks] for each in run_to_end(own)]
         assert own.pool.num_free == 40
         return state, counters, rest
