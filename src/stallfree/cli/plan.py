@@ -63,7 +63,7 @@ def plan(
         console.print(f"{max_replicas:,} replicas are not enough.", highlight=False)
         raise typer.Exit(1)
     devices = found * system.num_devices
-    on = system.device or str(system.profile)
+    on = system.device or str(system.measured)
     what = f"{found:,} replica{'s' if found > 1 else ''}"
     console.print(f"{what}: {devices:,} x {on}", style="bold", highlight=False, soft_wrap=True)
 

@@ -72,6 +72,16 @@ class SystemSettings:
             panel=_PANEL,
         ),
     ] = None
+    times: Annotated[
+        Path | None,
+        Flag(
+            "Measured iterations, instead of a device: the column seconds, and prefill_tokens, "
+            "prefill_start, decodes and decode_context (their mean) of what each held.",
+            "FILE.csv",
+            unset="none",
+            panel=_PANEL,
+        ),
+    ] = None
     launch_us: Annotated[
         float,
         Flag(
@@ -105,17 +115,25 @@ class SystemSettings:
         check_range("launch_us", self.launch_us, 0, 1e6)
         check_range("sequence_us", self.sequence_us, 0, 1e6)
         check_range("kv_cache_tokens", self.kv_cache_tokens, 16)
-        if self.profile is None:
+        if self.profile is not None and self.times is not None:
+            raise ConfigError(f"profile is {self.profile} and times is {self.times}; give one")
+        if self.measured is None:
             if self.model is None or self.device is None:
                 raise ConfigError(
                     "nothing to simulate: give --model and --device, such as --model yi-34b "
-                    "--device a100-80gb --tensor-parallel-size 2, or --profile FILE.json"
+                    "--device a100-80gb --tensor-parallel-size 2, or --profile FILE.json, or "
+                    "--times FILE.csv"
                 )
             return
         blank = {"device": None, "model": None, "launch_us": 0.0}
         for name in _ROOFLINE_ONLY:
             if getattr(self, name) != blank.get(name, 1):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; a profile has its own")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; {self.measured} has its own")
+
+    @property
+    def measured(self) -> Path | None:
+        """The file of step times, if there is one."""
+        return self.profile or self.times
 
     def system(self, scheduling: SchedulingSettings) -> System:
         """The system, with these settings of scheduling.
@@ -123,7 +141,7 @@ class SystemSettings:
         Raises:
             ConfigError: a name or a file is not known, or the model does not fit the devices.
         """
-        return self._profiled(scheduling) if self.profile else self._roofline(scheduling)
+        return self._roofline(scheduling) if self.measured is None else self._timed(scheduling)
 
     def _roofline(self, scheduling: SchedulingSettings) -> System:
         from stallfree.sim.roofline import Efficiency, Roofline
@@ -156,13 +174,17 @@ class SystemSettings:
             known_times=fitted(times, context) if has_target else None,  # once for all replicas
         )
 
-    def _profiled(self, scheduling: SchedulingSettings) -> System:
-        from stallfree.engine.profile import read_profile
+    def _timed(self, scheduling: SchedulingSettings) -> System:
+        from stallfree.engine.profile import Profile, read_profile
+        from stallfree.sim.measured import read_times
         from stallfree.sim.system import System
         from stallfree.sim.times import ProfiledTimes
 
-        assert self.profile is not None, "there is a profile"
-        profile = read_profile(self.profile)
+        if self.profile is not None:
+            profile = read_profile(self.profile)
+        else:
+            assert self.times is not None, "there is a file of one kind or the other"
+            profile = Profile(read_times(self.times))
         sequence_s = self.sequence_us * 1e-6
         return System(
             lambda seed: ProfiledTimes(profile.times, seed, sequence_s),
@@ -181,8 +203,8 @@ class SystemSettings:
     @property
     def about(self) -> dict[str, object]:
         """What is simulated, for people."""
-        if self.profile is not None:
-            return {"profile": str(self.profile), "sequence_us": self.sequence_us}
+        if self.measured is not None:
+            return {"step_times": str(self.measured), "sequence_us": self.sequence_us}
         split = f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
         overhead = {"launch_us": self.launch_us, "sequence_us": self.sequence_us}
         return {"model": self.model, "device": self.device, "split": split, **overhead}
@@ -194,7 +216,7 @@ class SystemSettings:
             ConfigError: a name or a file is not known.
         """
         own = asdict(self)
-        if self.profile is not None:
-            return own | {"profile": hashlib.sha256(self.profile.read_bytes()).hexdigest()}
+        if self.measured is not None:
+            return own | {"step_times": hashlib.sha256(self.measured.read_bytes()).hexdigest()}
         device, model = load_device(self.device or ""), load_model_shape(self.model or "")
         return own | {"device": asdict(device), "model": asdict(model)}

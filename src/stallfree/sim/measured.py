@@ -1,0 +1,72 @@
+"""Step times from a table of measured iterations: a CSV file with a row for each.
+
+Columns: `seconds`, and of what the iteration held, each 0 where it is missing: `prefill_tokens` of
+a chunk that begins at `prefill_start` of its prompt, and `decodes` at a mean context of
+`decode_context` tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context, fit
+from stallfree.errors import ConfigError
+
+_SECONDS = "seconds"
+_COUNTS = ("prefill_tokens", "prefill_start", "decodes", "decode_context")
+
+
+def read_times(path: Path) -> StepTimeModel:
+    """A step-time model that is fitted to the rows of a file.
+
+    Raises:
+        ConfigError: the file cannot be read, a value is none, or there are too few sizes of
+            iterations to fit to.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            known = {_SECONDS, *_COUNTS}
+            columns = set(reader.fieldnames or ())
+            if _SECONDS not in columns or not columns & {"prefill_tokens", "decodes"}:
+                raise ConfigError(
+                    f"{path}: there must be a column {_SECONDS}, and prefill_tokens or decodes"
+                )
+            if columns - known:
+                names = ", ".join(sorted(columns - known))
+                raise ConfigError(f"{path}: unknown columns {names}; known are {sorted(known)}")
+            samples = [_sample(path, reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text") from error
+    except csv.Error as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return fit(samples)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _sample(path: Path, line: int, row: Mapping[str, str | None]) -> tuple[BatchShape, float]:
+    values = {}
+    for name in (_SECONDS, *_COUNTS):
+        text = row.get(name) or "0"
+        try:
+            values[name] = float(text)
+        except ValueError:
+            values[name] = math.nan
+        is_count = name != _SECONDS
+        if not 0 <= values[name] < math.inf or (is_count and values[name] % 1):
+            what = "a whole number" if is_count else "a number of seconds"
+            raise ConfigError(f"{path}, line {line}: {name} is {text!r}; it must be {what}")
+    tokens, start, decodes, context = (int(values[name]) for name in _COUNTS)
+    if (not tokens and not decodes) or not values[_SECONDS]:
+        raise ConfigError(f"{path}, line {line}: an iteration holds something and takes time")
+    shape = BatchShape(
+        tokens + decodes, chunk_context(start, tokens), decodes * context, decodes + bool(tokens)
+    )
+    return shape, values[_SECONDS]
