@@ -12,17 +12,6 @@ from tiny_tokenizers import MESSAGES, byte_level_tokenizer, load, save_tokenizer
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import InvalidRequestError
 
-
-@pytest.fixture(scope="module")
-def byte_level() -> Tokenizer:
-    return byte_level_tokenizer()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_tokenizer(tmp_path / "model")
-
-
 TEMPLATES = [
     tiny.CHAT_TEMPLATE,
     "{{ bos_token }}|{{ eos_token }}|{{ no_such_thing }}|{{ messages | tojson }}",
@@ -44,6 +33,16 @@ TEMPLATES = [
     "{{ strftime_now('%Y') | length }}{{ '-' * 3 }}{{ messages[0].content[::-1] }}",
     "{% if not messages[0].tool_calls %}{{ add_generation_prompt }}{% endif %}",
 ]
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Tokenizer:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tokenizer(tmp_path / "model")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

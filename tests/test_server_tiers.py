@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from openai import RateLimitError
@@ -14,11 +15,16 @@ from server_fixtures import MODEL, RunningServer, events, serve, tiny_engine, wa
 PROMPT = list(range(5, 25))
 
 
+def tiny_server(folders: pytest.TempPathFactory, **settings: Any) -> Iterator[RunningServer]:
+    with serve(tiny_engine(folders.mktemp("model"), **settings)) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """With a target that this tiny model keeps, and admission by prediction."""
-    engine = tiny_engine(
-        tmp_path_factory.mktemp("model"),
+    yield from tiny_server(
+        tmp_path_factory,
         tbt_slo_s=0.5,
         ttft_slo_s=5.0,
         tier=("priority:tbt=300ms,ttft=2s",),
@@ -26,21 +32,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         fair=True,
         admit_within_slo=2.0,
     )
-    with serve(engine) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One request runs, one waits."""
-    engine = tiny_engine(
-        tmp_path_factory.mktemp("model"),
-        max_num_seqs=1,
-        max_queued_requests=1,
-        max_queued_tokens=500,
+    yield from tiny_server(
+        tmp_path_factory, max_num_seqs=1, max_queued_requests=1, max_queued_tokens=500
     )
-    with serve(engine) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ processor's dot product of bytes wants them: weights [outputs / STRIP][inputs / 
 activations [rows / ROWS][inputs / 4][ROWS][4]. The sums of a strip, for a block of rows, stay in
 registers over all inputs; each weight comes from memory once for all rows of a group.
 
-Activations are unsigned: each row has a number of its own that stands for zero. What that adds to
-a sum is this number times the sum of an output's weights, and is taken off. Without VNNI, pairs of
-products are added in 16 bits: weights then have 7 bits, so that nothing overflows. (Activations
-of 7 bits cost more: see docs/log.md.)
+Activations are unsigned: 255 levels reach from a row's least value to its largest, so each row has
+a number of its own that stands for zero. What that adds to a sum is this number times the sum of an
+output's weights, and is taken off. Without VNNI, pairs of products are added in 16 bits: weights
+then have 7 bits, so that nothing overflows. (Activations of 7 bits cost more: see docs/log.md.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""How kernels are compiled, and where what was compiled is kept."""
+"""How kernels are compiled, and where what was compiled is kept.
+
+No compiler has to be installed: Numba brings LLVM with it. The machine code stays in the cache
+folder, under a hash of all kernels, so a change of any of them compiles all anew.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,14 @@
 """The forward pass of a decoder of the Llama family in int8: one parallel region for all layers.
 
-All threads run the same phases with a barrier after each, and share a phase's units of work by
-claiming the next one, so that a thread that another process holds up does less of them. What it
-is given, and the legend of shapes: `shapes.py`.
+Read it from below: `_run_layer` is one layer, ten phases. All threads run the same phases with a
+barrier after each, and share a phase's units of work by claiming the next one, so that a thread
+that another process holds up does less of them. What it is given, and the legend of shapes:
+`shapes.py`.
+
+A row's result depends on that row alone, to the last bit: sums of products are integers and exact;
+a sum of floats always has the same order, whoever claims the unit that it is in; attention cuts
+contexts at fixed positions (`attention.py`). So greedy answers do not depend on the batch, the
+token budget or the number of threads.
 """
 
 from __future__ import annotations

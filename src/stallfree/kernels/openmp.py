@@ -2,7 +2,9 @@
 
 A second pool of threads would fight PyTorch's for the cores: idle OpenMP threads spin. So a region
 is started in the library that PyTorch has loaded, through the entry points that GCC compiles
-`#pragma omp` to (libgomp's ABI, which LLVM's libomp offers too).
+`#pragma omp` to (libgomp's ABI, which LLVM's libomp offers too). Barriers are our own: they spin
+for a moment and then yield the core. The package itself (`stallfree/__init__.py`) lets idle threads
+of the pool sleep soon, for the same reason.
 """
 
 from __future__ import annotations

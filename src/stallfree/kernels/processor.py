@@ -1,4 +1,8 @@
-"""What the processor can do."""
+"""What the processor can do.
+
+The int8 kernels are made for two kinds: AVX-512 with VNNI, and AVX2, where weights have 7 bits
+(`int8_matmul.py`). For others (ARM) there are none: models run in floats there.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,139 @@
+"""Models for the int8 decoder, of every shape that its kernels tell apart, and ways to run it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_model
+
+from stallfree.kernels.int8_matmul import padded
+from stallfree.kernels.ir import LANES
+from stallfree.model.config import ModelConfig
+from stallfree.model.decoder import Decoder
+from stallfree.model.int8_cache import int8_weights
+from stallfree.model.int8_decoder import Int8Decoder
+from stallfree.model.model_input import ModelInput, Rows
+from stallfree.model.weights import SafetensorsWeights, WeightSource, read_json
+
+BLOCK = 16
+VOCABULARY = 320
+STOPS = [1, 5, 16, 133, 1000, 1030, 2047, 2048, 2049, 2050, 2100]
+MODELS = {  # name: architecture and what differs from the tiny model's shape
+    "one head a key": ("llama", {"num_key_value_heads": 4}),
+    "heads of 8": ("llama", {"head_dim": 8}),
+    "heads of 20": ("qwen3", {"head_dim": 20}),
+    "heads of 80": ("llama", {"head_dim": 80}),
+    "heads of 128": ("llama", {"head_dim": 128, "num_hidden_layers": 1}),
+    "groups of 4, biases": (
+        "llama",
+        {
+            "num_attention_heads": 8,
+            "head_dim": 64,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "groups of 7": ("qwen2", {"num_attention_heads": 14, "hidden_size": 112}),
+    "groups of 8": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1}),
+    "odd sizes": ("llama", {"hidden_size": 72, "intermediate_size": 100, "head_dim": 18}),
+    "sliding window": ("mistral", {"sliding_window": 40}),
+    "window in one layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 150, "max_window_layers": 1},
+    ),
+}
+
+
+def save_model(folder: Path, name: str) -> Path:
+    """Save one of `MODELS`; transformers makes all norms ones and all biases zeros: not so here."""
+    architecture, shape = MODELS[name]
+    save_tiny_model(folder, architecture, vocab_size=VOCABULARY, initializer_range=0.2, **shape)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        if weight.dim() == 1:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def open_weights(folder: Path) -> tuple[ModelConfig, WeightSource]:
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    return config, int8_weights(folder, SafetensorsWeights(folder))
+
+
+def make_decoder(folder: Path, threads: int = 2, dtype: str = "float16") -> Int8Decoder:
+    config, weights = open_weights(folder)
+    kv_dtype: torch.dtype = getattr(torch, dtype)
+    return Int8Decoder(config, weights, max_positions=4096, threads=threads, kv_dtype=kv_dtype)
+
+
+def make_tokens(count: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+
+def make_blocks(count: int, seed: int = 0) -> list[int]:
+    """Scattered blocks for `count` tokens."""
+    needed = -(-count // BLOCK)
+    return random.Random(seed).sample(range(2 * needed), needed)
+
+
+def run(decoder: Decoder | Int8Decoder, tokens: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
+    """Logits (T, V) of a prompt run in chunks that end at `cuts`."""
+    blocks = make_blocks(len(tokens))
+    cache = decoder.make_cache(2 * len(blocks), BLOCK)
+    logits = []
+    for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        batch = ModelInput(tokens[start:stop], [Rows(0, start, stop, blocks)])
+        with torch.inference_mode():
+            hidden = decoder.forward(batch, cache)  # type: ignore[arg-type]
+            logits.append(decoder.logits(hidden).clone())
+    return torch.cat(logits)
+
+
+def relative_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of each row, against its length; a misplaced head, key or column gives errors near 1."""
+    return (actual - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+def attention_errors(
+    decoder: Int8Decoder, tokens: Sequence[int], block_size: int, stops: Sequence[int]
+) -> Iterator[float]:
+    """What is wrong with the last layer's attention in each of the chunks that end at `stops`.
+
+    From the kernels' own queries, keys and values, in float64. Memory that holds no keys or values
+    yet is NaN: it must not count.
+    """
+    config, num_blocks = decoder.config, -(-len(tokens) // block_size)
+    heads, kv_heads, depth = config.num_heads, config.num_kv_heads, config.head_dim
+    blocks = random.Random(0).sample(range(2 * num_blocks), num_blocks)
+    cache = decoder.make_cache(2 * num_blocks, block_size)
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    for start, stop in itertools.pairwise([0, *stops]):
+        chunk = Rows(0, start, stop, blocks)
+        count = len(decoder.forward(ModelInput(tokens[start:stop], [chunk]), cache))
+        rows = torch.linspace(0, count - 1, min(count, 50)).long()
+        scratch = decoder._scratch
+        queries = torch.from_numpy(scratch.queries)[: count * heads * depth].double()
+        queries = queries.view(count, kv_heads, -1, depth)[rows]
+        attended = torch.from_numpy(scratch.attended).view(-1, padded(heads * depth, LANES))
+        groups, lanes = (chunk.slots(block_size) // LANES, chunk.slots(block_size) % LANES)
+        keys = cache.keys[-1].double().view(-1, kv_heads, depth, LANES)[groups, :, :, lanes]
+        values = cache.values[-1].double().view(-1, kv_heads, LANES, padded(depth, LANES))
+        values = values[groups, :, lanes, :depth]
+        scores = torch.einsum("tkgd,skd->kgts", queries, keys) * math.log(2)  # of powers of 2
+        places, at = torch.arange(stop), (start + rows)[:, None]
+        seen = (places <= at) & (places > at - (config.sliding_windows[-1] or stop))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        expected = torch.einsum("kgts,skd->tkgd", weights, values).flatten(1)
+        error = (attended[rows, : heads * depth] - expected).abs().max() / values.abs().max()
+        yield float(error)
