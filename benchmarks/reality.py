@@ -1,11 +1,10 @@
 """Does the simulator tell the truth? A run on this machine beside its simulation.
 
-    python benchmarks/reality.py                 # three schedulers, some 25 minutes
-    python benchmarks/reality.py --qps 0.5 --requests 200
+    python benchmarks/reality.py --qps 0.8       # three schedulers, some 20 minutes
 
-For each scheduler: step times are profiled, 200 requests are sent at random times to a new server,
-step times are profiled again, as the speed of a machine drifts, and the same requests are simulated
-with the step times of both profiles together. Prints both beside each other; results go to
+For each scheduler 200 requests are sent at random times to a new server. Step times are profiled
+before and after, as the speed of a machine drifts; the same requests are simulated with each of the
+two profiles, and the mean of both is what is compared. Prints it beside the live run; results go to
 benchmarks/results/reality.json.
 """
 
@@ -59,9 +58,13 @@ def main() -> int:
     options = parser.parse_args()
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before.json"
         try:
+            _profile(before)
             for name in options.only or SCHEDULERS:
-                runs[name] = _compare(name, options, Path(folder))
+                after = Path(folder) / f"after-{name}.json"
+                runs[name] = _compare(name, options, before, after)
+                before = after
         except (ServerError, subprocess.CalledProcessError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
@@ -76,21 +79,20 @@ def main() -> int:
     return 0
 
 
-def _compare(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _compare(name: str, options: argparse.Namespace, before: Path, after: Path) -> dict[str, Any]:
+    """Run and simulate one scheduler; the profile from before is there, the one after is made."""
     scheduling = SCHEDULERS[name]
     budget = ["--token-budget", str(scheduling.token_budget)] if scheduling.token_budget else []
     arguments = ["--scheduler", name, *budget]
     arguments += ["--max-model-len", str(CONTEXT), "--kv-cache-memory", "2GiB"]
-    profiles = [folder / f"{name}-before.json", folder / f"{name}-after.json"]
-    output = folder / f"{name}.json"
-    _profile(profiles[0])
+    output = after.with_name(f"{name}.json")
     with serving(arguments) as url:
         load = ["--qps", str(options.qps), "--num-requests", str(options.requests)]
         load += ["--max-total-tokens", str(LONGEST), "--output", str(output)]
         _stallfree("bench", "serve", url, *load)
-    _profile(profiles[1])
+    _profile(after)
     live = read_json(output)
-    simulated = [_simulated(live, path, scheduling) for path in profiles]
+    simulated = [_simulated(live, path, scheduling) for path in (before, after)]
     return {
         "live": numbers(summarize(live)),
         "simulated": {key: mean(numbers(each)[key] for each in simulated) for key in NUMBERS},
