@@ -213,6 +213,8 @@ def test_a_refused_client_waits_as_long_as_it_is_told() -> None:
         (SSE_HEAD + b"data: [1, 2]\n\n", "garbage", "[1, 2]"),
         (SSE_HEAD + b'data: {"choices": 5}\n\n', "garbage", "5"),
         (SSE_HEAD + b'data: {"usage": {"prompt_tokens": "many"}}\n\n', "garbage", "many"),
+        (SSE_HEAD + b'data: {"usage": {"prompt_tokens": 1e400}}\n\n', "garbage", "1e400"),
+        (SSE_HEAD + b'data: {"usage": {"scheduling_delay_ms": NaN}}\n\n', "garbage", "NaN"),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "garbage", "RemoteProtocolError"),
         (SSE_HEAD + token() * 2, "broken", "after 2 tokens"),
         (SSE_HEAD, "broken", "after 0 tokens"),

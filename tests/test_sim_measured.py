@@ -27,9 +27,9 @@ def seconds_of(tokens: int, start: int, decodes: int, context: int) -> float:
 def test_what_was_measured_is_predicted(tmp_path: Path) -> None:
     rows = [
         (tokens, start, decodes, 500)
-        for tokens in (0, 64, 256, 1024)
-        for start in (0, 2000)
-        for decodes in (0, 4, 32)
+        for tokens in (0, 64, 256, 512, 1024)
+        for start in (0, 1000, 2000)
+        for decodes in (0, 4, 8, 32)
         if tokens or decodes
     ]
     lines = [",".join(map(str, (*row, seconds_of(*row)))) for row in rows]

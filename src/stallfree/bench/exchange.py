@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -111,7 +112,7 @@ class _Answer:
             if choice is not None:
                 self._take_choice(choice, arrived_s)
             self._take_usage(event.get("usage") or {})
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             message = f"this is no event of an answer: {shorten(data)}"
             raise _FailedError("garbage", message) from None
 
@@ -150,6 +151,8 @@ class _Answer:
             record.output_tokens = int(usage["completion_tokens"])
         delay_ms = usage.get("scheduling_delay_ms")
         if delay_ms is not None:
+            if not 0 <= delay_ms < math.inf:
+                raise ValueError(f"scheduling_delay_ms is {delay_ms}")
             record.scheduled_s = record.sent_s + delay_ms / 1000
 
 

@@ -25,7 +25,7 @@ class Slo:
 
     def is_met(self, record: Record) -> bool:
         """Whether a request was answered within its targets."""
-        if record.failure is not None or record.ttft_s is None:
+        if record.failure is not None or record.end_s is None or record.ttft_s is None:
             return False
         in_time = self.ttft_s is None or record.ttft_s <= self.ttft_s
         gaps = record.gaps_s

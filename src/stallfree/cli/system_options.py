@@ -128,7 +128,7 @@ class SystemSettings:
         blank = {"device": None, "model": None, "launch_us": 0.0}
         for name in _ROOFLINE_ONLY:
             if getattr(self, name) != blank.get(name, 1):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; {self.measured} has its own")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; step times have their own")
 
     @property
     def measured(self) -> Path | None:

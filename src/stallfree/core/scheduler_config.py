@@ -42,6 +42,8 @@ class SchedulerConfig:
             raise ConfigError(
                 f"prefill_order is {self.prefill_order!r}; it must be one of {list(PREFILL_ORDERS)}"
             )
+        if self.num_stages < 1:
+            raise ConfigError(f"num_stages is {self.num_stages}; it must be at least 1")
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be at least 1")
         if self.max_model_len < 2:

@@ -217,7 +217,7 @@ class Engine:
         Raises:
             EngineError: requests wait but none can run, which is a bug.
         """
-        if not self._loop.dispatch():
+        if not self._loop.dispatch() and not self._loop.num_in_flight:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
             return []

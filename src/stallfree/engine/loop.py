@@ -62,8 +62,12 @@ class Loop:
         batch = self.scheduler.schedule(now)
         if batch is None:
             return False
+        try:
+            self.pipeline.submit(batch)
+        except BaseException:
+            self.scheduler.fail(batch)
+            raise
         self._in_flight.append((batch, now))
-        self.pipeline.submit(batch)
         return True
 
     def collect(self) -> Iteration:

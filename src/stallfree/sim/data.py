@@ -27,9 +27,10 @@ class Device:
         memory_bytes_per_s: of its own memory.
         memory_bytes: size of that.
         link_bytes_per_s: to any other device of its node, in one direction.
-        link_latency_s: of a collective operation within a node, however little it moves.
+        base_latency_s: of an operation between devices, however little it moves.
+        link_step_s: what each step from device to device in a node adds to that.
         network_bytes_per_s: to a device of another node, in one direction.
-        network_latency_s: of a transfer to another node, however little it moves.
+        network_step_s: what a step to another node adds.
         pair_bytes_per_s: to the one device that a bridge joins it with, in one direction; None if
             no link is faster than `link_bytes_per_s`.
     """
@@ -39,9 +40,10 @@ class Device:
     memory_bytes_per_s: float
     memory_bytes: int
     link_bytes_per_s: float
-    link_latency_s: float
+    base_latency_s: float
+    link_step_s: float
     network_bytes_per_s: float
-    network_latency_s: float
+    network_step_s: float
     pair_bytes_per_s: float | None = None
 
     def bytes_per_s_among(self, devices: int) -> float:

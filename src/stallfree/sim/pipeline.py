@@ -13,14 +13,16 @@ from stallfree.sim.clock import SimulatedClock
 from stallfree.sim.times import StageTimes
 
 _TOKEN = Sample(0)
+_ALIKE = 1.02  # of each other's time, up to which batches are alike
 
 
 class Bubble(enum.Enum):
     """Why a stage idles between two batches (Sarathi-Serve, section 3.3)."""
 
-    PB1 = "prefills of different lengths follow each other"
-    PB2 = "a prefill follows a batch of decodes, or the other way round"
-    PB3 = "two batches differ in their contexts alone"
+    PB1 = "prefills of different lengths"
+    PB2 = "prefills beside batches without"
+    PB3 = "batches that differ in their decodes"
+    UNEVEN = "like batches, but stages that differ"
     NO_WORK = "nothing could be scheduled"
 
 
@@ -42,19 +44,19 @@ class SimulatedPipeline:
 
     Attributes:
         stages: what each stage did so far.
-        num_batches: how many were submitted.
     """
 
     def __init__(self, times: StageTimes, clock: SimulatedClock) -> None:
         self.stages = [StageUse() for _ in range(times.num_stages)]
-        self.num_batches = 0
         self._times = times
         self._clock = clock
         self._free_at = [0.0] * times.num_stages
         self._in_flight: deque[tuple[float, ExecutorOutput]] = deque()
         self._drawn: Sequence[float] | None = None  # times of the coming batch, if known
-        self._last_prefill = 0  # tokens of the batch before
-        self._was_starved = True  # since then, or ever
+        # of the last batches, as many as can be in flight and the one that is coming: tokens of
+        # prompts, and seconds in all stages
+        self._last: deque[tuple[int, float]] = deque(maxlen=times.num_stages + 1)
+        self._was_starved = True  # since the last batch, or ever
 
     @property
     def num_stages(self) -> int:
@@ -73,18 +75,16 @@ class SimulatedPipeline:
     def submit(self, batch: Batch) -> None:
         """Send a batch through the stages, each as soon as the batch before has left it."""
         at_s = self._clock.now()
-        prefill = batch.num_tokens - batch.num_decodes
-        reason = self._reason(prefill)
         times, self._drawn = self._drawn or self._times.seconds(batch), None
+        self._last.append((batch.num_tokens - batch.num_decodes, sum(times)))
         for index, seconds in enumerate(times):
             stage, free_at = self.stages[index], self._free_at[index]
             if at_s > free_at and stage.busy_s:
-                stage.idle_s[reason] += at_s - free_at
+                stage.idle_s[self._reason(is_first=index == 0)] += at_s - free_at
             at_s = max(at_s, free_at) + seconds
             stage.busy_s += seconds
             self._free_at[index] = at_s
-        self._last_prefill, self._was_starved = prefill, False
-        self.num_batches += 1
+        self._was_starved = False
         self._in_flight.append((at_s, ExecutorOutput((_TOKEN,) * len(batch.sampling))))
 
     def repeat(self, batch: Batch, most: int, until_s: float) -> list[tuple[Batch, float]]:
@@ -105,18 +105,24 @@ class SimulatedPipeline:
             stage.busy_s += seconds
             at_s += seconds
             done.append((batch, at_s))
-        self.num_batches += len(done)
         self._free_at[0] = at_s
         self._clock.advance_to(at_s)
         return done
 
-    def _reason(self, prefill: int) -> Bubble:
-        """Why stages idle before a batch with so many tokens of prompts."""
+    def _reason(self, *, is_first: bool) -> Bubble:
+        """Why a stage idles before the last batch.
+
+        The first one waited for a place in the pipeline, so for the oldest of those in flight; any
+        other for this batch to leave the stage before, while the batch before was done.
+        """
         if self._was_starved:
             return Bubble.NO_WORK
-        if prefill == self._last_prefill:
-            return Bubble.PB3
-        return Bubble.PB1 if prefill and self._last_prefill else Bubble.PB2
+        compared = list(self._last)[:-1] if is_first else list(self._last)[-2:]
+        prefills = {prefill for prefill, _ in compared}
+        if len(prefills) > 1:
+            return Bubble.PB2 if 0 in prefills else Bubble.PB1
+        times = [seconds for _, seconds in compared]
+        return Bubble.PB3 if max(times) > _ALIKE * min(times) else Bubble.UNEVEN
 
     def collect(self) -> ExecutorOutput:
         """Jump to the end of the oldest batch in flight."""

@@ -79,7 +79,7 @@ class Replica:
         self._num_added += 1
         request = Request(
             str(self._num_added),
-            _prompt(arrival.prompt_tokens),
+            (0,) * arrival.prompt_tokens,  # nobody looks at the tokens
             _PARAMS,
             max_tokens=arrival.output_tokens,
             arrived_at=at_s,
@@ -159,11 +159,3 @@ class Replica:
     def open_records(self) -> Iterator[Record]:
         """Records of requests that have not ended."""
         return (record for _, record in self._records.values())
-
-
-_PROMPTS: dict[int, tuple[int, ...]] = {}
-
-
-def _prompt(num_tokens: int) -> tuple[int, ...]:
-    """A prompt of zeros; those of one length are one object, as nobody looks at the tokens."""
-    return _PROMPTS.setdefault(num_tokens, (0,) * num_tokens)

@@ -1,8 +1,10 @@
 """Step times of a device and model that are not here, from operations and bytes.
 
 Each part of a layer takes as long as its arithmetic or its memory traffic, whichever is longer, at
-a share of the device's peaks. The shares are `Efficiency`; its defaults were fitted to the step
-times that the Sarathi-Serve artifact publishes of Yi-34B on two A100 (see `benchmarks/paper`).
+a share of the device's peaks: `Efficiency`. The defaults are what devices do, without what the
+processor adds: they were set by hand until prefills of 512 to 16,384 tokens of Yi-34B on two A100
+were within 15 % of the Sarathi-Serve artifact's (`benchmarks/paper` shows both). Its decodes take
+two to five times as long as these defaults say, which `launch_s` and `sequence_s` account for.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Roofline:
             and a single stage is spread over two, so that its devices add up over the network.
 
     Raises:
-        ConfigError: there are more stages than layers.
+        ConfigError: there are more stages than layers, or the heads cannot be shared evenly.
     """
 
     def __init__(
@@ -88,6 +90,11 @@ class Roofline:
                 f"pipeline_parallel_size is {pipeline_parallel}; "
                 f"{model.name} has {model.layers} layers"
             )
+        if model.heads % tensor_parallel:
+            raise ConfigError(
+                f"tensor_parallel_size is {tensor_parallel}; {model.name} has {model.heads} heads, "
+                "which it must divide"
+            )
         self.device, self.model = device, model
         self.tensor_parallel = tensor_parallel
         self.num_stages = pipeline_parallel
@@ -103,10 +110,18 @@ class Roofline:
 
     @property
     def kv_cache_tokens(self) -> int:
-        """Tokens whose KV fits beside the weights in nine tenths of all devices' memory."""
-        weights = self.model.num_parameters * self.model.bytes_per_parameter
-        free = 0.9 * self.num_devices * self.device.memory_bytes - weights
-        return max(0, int(free / self.model.kv_bytes_per_token))
+        """Tokens whose KV fits beside the weights in nine tenths of all devices' memory.
+
+        Of the stage that has the most layers; where there are fewer KV heads than devices, each of
+        these has a copy of one.
+        """
+        model, layers = self.model, max(self._layers)
+        weights = layers * (model.attention_parameters + model.mlp_parameters)
+        weights += model.vocab * model.hidden * (1 if self.num_stages > 1 else 2)
+        free = 0.9 * self.tensor_parallel * self.device.memory_bytes
+        free -= weights * model.bytes_per_parameter
+        copies = max(1.0, self.tensor_parallel / model.kv_heads)
+        return max(0, int(free / (model.kv_bytes_per_token * copies * layers / model.layers)))
 
     def seconds(self, batch: Batch) -> Sequence[float]:
         """Time of each stage, with what it sends to the next."""
@@ -137,7 +152,8 @@ class Roofline:
         linear_s = self._linear_s(parameters, work.num_tokens)
         operations = 4 * model.heads * model.head_dim * work.prefill_products
         rate = self.tensor_parallel * self.device.flops_per_s * own.attention
-        read = work.context_read * model.kv_bytes_per_token / model.layers
+        copies = max(1.0, self.tensor_parallel / model.kv_heads)
+        read = work.context_read * copies * model.kv_bytes_per_token / model.layers
         attention_s = max(operations / rate, read / self._bytes_per_s)
         reductions = 1 if model.parallel_attention else 2
         passed = own.small_passes * work.num_tokens * model.hidden * model.bytes_per_parameter
@@ -158,17 +174,18 @@ class Roofline:
         return peak * self.efficiency.memory
 
     def _reduce_s(self, num_tokens: int) -> float:
-        """Adding up the parts of all devices of a stage, each giving and taking its share twice."""
+        """Adding up the parts of all devices of a stage: a ring, 2 (n - 1) steps, as in NCCL."""
         devices = self.tensor_parallel
         if devices == 1:
             return 0.0
         moved = num_tokens * self.model.hidden * self.model.bytes_per_parameter
         moved *= 2 * (devices - 1) / devices
         device = self.device
-        if self.num_stages == 1 and not self._is_one_node:
-            rate, latency_s = device.network_bytes_per_s, device.network_latency_s
-        else:
-            rate, latency_s = device.bytes_per_s_among(devices), device.link_latency_s
+        over_network = 2 if self.num_stages == 1 and not self._is_one_node else 0
+        within = 2 * (devices - 1) - over_network
+        latency_s = device.base_latency_s
+        latency_s += within * device.link_step_s + over_network * device.network_step_s
+        rate = device.network_bytes_per_s if over_network else device.bytes_per_s_among(devices)
         return moved / (rate * self.efficiency.link) + latency_s
 
     def _output_s(self, work: _Work) -> float:
@@ -177,7 +194,7 @@ class Roofline:
     def _send_s(self, work: _Work) -> float:
         moved = work.num_tokens * self.model.hidden * self.model.bytes_per_parameter
         device = self.device
-        rate, latency_s = device.network_bytes_per_s, device.network_latency_s
+        rate, step_s = device.network_bytes_per_s, device.network_step_s
         if self._is_one_node:
-            rate, latency_s = device.link_bytes_per_s, device.link_latency_s
-        return moved / (rate * self.efficiency.link) + latency_s
+            rate, step_s = device.link_bytes_per_s, device.link_step_s
+        return moved / (rate * self.efficiency.link) + device.base_latency_s + step_s

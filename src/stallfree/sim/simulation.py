@@ -56,7 +56,8 @@ def simulate(
             arrival = replace(arrival, at_s=due.popleft())
         record = Record(arrival)
         records.append(record)
-        if not replicas[router.choose(arrival, replicas)].add(record, arrival.at_s):
+        place = router.choose(arrival, replicas) if len(replicas) > 1 else 0
+        if not replicas[place].add(record, arrival.at_s):
             ended(record)
 
     def ended(record: Record) -> None:
