@@ -31,8 +31,10 @@ def draw_all(results: dict[str, Any], folder: Path) -> None:
 
 
 def _draw_capacity(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
-    for column, name in enumerate(SYSTEMS):
+    names = list(dict.fromkeys(row["cell"][0] for row in rows))
+    size = (3.5 * len(names), 6)
+    figure, axes = plt.subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
+    for column, name in enumerate(names):
         for line, dataset in enumerate(DATASETS):
             ax = axes[line, column]
             for place, scheduler in enumerate(SCHEDULERS):

@@ -10,8 +10,8 @@ STALLS = """\
 ## Figure 1: generation stalls (live)
 
 Eight answers under way, and three prompts of 1,500 tokens. The paper shows stalls of seconds for
-vLLM and none for Sarathi-Serve; so does this machine (`benchmarks/stall.py`,
-[every token](../../../docs/stall.png)).
+vLLM and none for Sarathi-Serve. On this machine (`benchmarks/stall.py`,
+[every token](../../../docs/stall.png)):
 """
 CHUNKING = """\
 ## Chunking overhead (live)
@@ -27,7 +27,7 @@ REALITY = """\
 ## Simulation against reality
 
 The demo model on this machine, 200 requests at random times, and the same requests simulated with
-step times that were profiled before and after (`{}`).
+step times that were profiled before and after (`{}`), the mean of both simulations.
 """
 CAPACITY = """\
 ## Capacity (live)
