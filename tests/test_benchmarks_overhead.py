@@ -27,7 +27,7 @@ def test_errors_are_of_gaps_not_of_times() -> None:
 
 
 def test_it_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--streams", "3", "--seconds", "0.1"])
+    main(["--streams", "3", "--seconds", "0.5"])
     printed = capsys.readouterr().out
     assert "tokens a second over 3 streams" in printed
     assert "of a core; gaps are off by" in printed

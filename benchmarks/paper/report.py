@@ -27,7 +27,7 @@ Written by `python benchmarks/paper/reproduce.py`. "Live" is this project's serv
 model (Qwen2.5-Coder-0.5B, int8) on two cores; "simulated" is its loop and scheduler with step times
 of a roofline of the paper's devices and models (`stallfree/sim`): operations and bytes at shares of
 the peaks that were set by hand to be near the artifact's prefills of Yi-34B. Prompts and answers
-are drawn from lognormals with the published medians and P90s; the data are not published as lengths.
+are drawn from lognormals with the published medians and P90s, as the lengths are not published.
 """
 STEP_TIMES = """\
 ## Step times of Yi-34B on two A100, and the free ride of hybrid batches

@@ -44,7 +44,8 @@ def capacity_notes(found: Sequence[Capacity]) -> list[str]:
             for seed in each.seeds
             if seed.passed_above_qps is not None
         ]
-    if any(not probe.is_delay_told for each in found for probe in each.probes if probe.delay_s):
+    delays = [probe for each in found for probe in each.probes if probe.delay_s is not None]
+    if any(not probe.is_delay_told for probe in delays):
         notes.append(
             "the server does not tell when it begins with a request; delays are times to the first "
             "token less those of prompts of that size without load."
