@@ -1,4 +1,4 @@
-"""An HTTP server whose streamed answers a test writes byte by byte.
+"""An HTTP server whose streamed answers a test writes byte by byte, and runs against it.
 
 It lists one model, and counts 5 tokens for a prompt and 2 for each of its words.
 """
@@ -12,6 +12,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from stallfree.bench.client import run_workload
+from stallfree.bench.endpoint import Endpoint
+from stallfree.bench.records import Results
+from stallfree.bench.workload import Arrival, Workload
 
 MODEL = "fake/model"
 SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
@@ -169,3 +174,14 @@ def fake_server(**settings: Any) -> Iterator[FakeServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+def requests(count: int, gap_s: float = 0.0, output_tokens: int = 3) -> Workload:
+    """Requests of 25 tokens, evenly spaced."""
+    arrivals = [Arrival(index * gap_s, 25, output_tokens) for index in range(count)]
+    return Workload(tuple(arrivals))
+
+
+def run(url: str, workload: Workload, **settings: Any) -> Results:
+    """What comes of a workload at a server; settings are those of its endpoint."""
+    return asyncio.run(run_workload(Endpoint(url, **settings), workload))
