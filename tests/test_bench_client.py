@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_server import (
@@ -22,6 +23,7 @@ from server_fixtures import RunningServer, serve, tiny_engine
 
 from stallfree.bench.client import GONE, INTERRUPTED, run_workload
 from stallfree.bench.endpoint import Endpoint
+from stallfree.bench.files import write_csv, write_json
 from stallfree.bench.metrics import Slo, summarize
 from stallfree.bench.progress import Progress
 from stallfree.bench.records import Failure, Results
@@ -95,6 +97,21 @@ def test_clients_wait_for_their_answers() -> None:
     assert len(set(texts)) == 7
 
 
+def test_there_are_no_more_clients_than_requests() -> None:
+    async def watched(url: str) -> Results:
+        def on_progress(progress: Progress) -> None:
+            num_tasks.append(len(asyncio.all_tasks()))
+
+        workload = Workload(requests(3).arrivals, clients=100_000)
+        return await run_workload(Endpoint(url), workload, on_progress)
+
+    num_tasks: list[int] = []
+    with fake_server() as fake:
+        results = asyncio.run(watched(fake.url))
+    assert summarize(results).num_answered == 3
+    assert max(num_tasks) < 20
+
+
 def test_a_refused_client_waits_as_long_as_it_is_told() -> None:
     refusal = fixed(response(429, b'{"error": {"message": "full"}}', "Retry-After: 1"))
     with fake_server(answer=refusal, later=answer_in_full) as fake:
@@ -106,8 +123,18 @@ def test_a_refused_client_waits_as_long_as_it_is_told() -> None:
     assert second.sent_s - first.end_s >= 1
 
 
-def test_one_failure_stops_nobody_else() -> None:
-    with fake_server(answer=fixed(SSE_HEAD + b"data: ?\n\n"), later=answer_in_full) as fake:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"?",
+        b'{"usage": {"completion_tokens": 1e400}}',
+        b'{"usage": {"scheduling_delay_ms": NaN}}',
+        b'{"choices": ' + b"[" * 100_000,
+    ],
+)
+def test_one_failure_stops_nobody_else(data: bytes, tmp_path: Path) -> None:
+    answer = fixed(SSE_HEAD + b"data: " + data + b"\n\n")
+    with fake_server(answer=answer, later=answer_in_full) as fake:
         results = run(fake.url, requests(5, gap_s=0.002))
     kinds = [each.failure and each.failure.kind for each in results.records]
     assert kinds.count("garbage") == 1
@@ -115,6 +142,8 @@ def test_one_failure_stops_nobody_else() -> None:
     summary = summarize(results)
     assert summary.failures == {"garbage": 1}
     assert any("1 requests failed as 'garbage'" in note for note in notes(results, summary))
+    write_json(tmp_path / "run.json", results)
+    write_csv(tmp_path / "run.csv", results)
 
 
 def test_a_server_that_dies_ends_the_run() -> None:
@@ -157,6 +186,28 @@ def test_an_interrupted_run_keeps_what_it_has() -> None:
     assert results.records[0].token_s
     assert results.records[0].end_s is None
     assert (told[0].num_sent, told[-1].num_in_flight) == (0, len(results.records))
+
+
+def test_progress_counts_tokens_of_answers_that_ended_or_did_not() -> None:
+    async def endless(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + token())
+        await asyncio.sleep(30)
+
+    async def interrupted(url: str) -> Results:
+        stop = asyncio.Event()
+
+        def on_progress(progress: Progress) -> None:
+            told.append(progress)
+            if progress.num_answered and progress.num_tokens == 4:
+                stop.set()
+
+        return await run_workload(Endpoint(url, timeout_s=10), requests(2), on_progress, stop=stop)
+
+    told: list[Progress] = []
+    with fake_server(answer=answer_in_full, later=endless) as fake:
+        results = asyncio.run(interrupted(fake.url))
+    assert sorted(len(record.token_s) for record in results.records) == [1, 3]
+    assert told[-1].num_tokens == 4
 
 
 def test_several_tokens_in_an_event_are_noted() -> None:

@@ -76,10 +76,12 @@ def test_a_server_that_is_down_is_named_at_once() -> None:
     ("settings", "words"),
     [
         ({"models": response(200, b"[]")}, "no JSON object"),
+        ({"models": response(200, b"[" * 100_000)}, "no JSON object"),
         ({"models": response(200, b'{"data": []}')}, "--model"),
         ({"models": response(200, b'{"data": [{}]}')}, "--model"),
         ({"models": response(401, b'{"error": "no key"}')}, "status 401: no key"),
         ({"probe": response(400, b'{"error": "extra: ignore_eos"}')}, "'{\"ignore_eos\": null}'"),
+        ({"probe": response(400, b"[" * 100_000)}, "status 400: [[["),
         ({"probe": response(200, b"hello")}, "no JSON object"),
     ],
 )

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
+import httpx
 import pytest
 from fake_server import (
     SSE_HEAD,
@@ -22,9 +23,18 @@ from fake_server import (
     usage,
 )
 
+from stallfree.bench.endpoint import Endpoint
+from stallfree.bench.exchange import exchange
 from stallfree.bench.metrics import summarize
-from stallfree.bench.records import Failure
-from stallfree.bench.workload import Workload
+from stallfree.bench.records import Failure, Record
+from stallfree.bench.workload import Arrival, Workload
+
+NESTED = b"[" * 100_000
+
+
+def told(counts: bytes) -> bytes:
+    """An answer of a token and an event with counts."""
+    return SSE_HEAD + token() + b'data: {"usage": {' + counts + b"}}\n\ndata: [DONE]\n\n"
 
 
 def failure_of(answer: Answer, **settings: Any) -> Failure:
@@ -78,14 +88,23 @@ def test_events_without_text_are_tokens_if_the_count_says_so(count: int, num_tok
         (SSE_HEAD + b"data: [1, 2]\n\n", "garbage", "[1, 2]"),
         (SSE_HEAD + b'data: {"choices": 5}\n\n', "garbage", "5"),
         (SSE_HEAD + b'data: {"usage": {"prompt_tokens": "many"}}\n\n', "garbage", "many"),
-        (SSE_HEAD + b'data: {"usage": {"prompt_tokens": 1e400}}\n\n', "garbage", "1e400"),
-        (SSE_HEAD + b'data: {"usage": {"scheduling_delay_ms": NaN}}\n\n', "garbage", "NaN"),
+        (told(b'"completion_tokens": 1e400'), "garbage", "1e400"),
+        (told(b'"prompt_tokens": -1'), "garbage", "-1"),
+        (told(b'"completion_tokens": 1' + b"0" * 30), "garbage", "10000"),
+        (told(b'"scheduling_delay_ms": NaN'), "garbage", "NaN"),
+        (told(b'"scheduling_delay_ms": Infinity'), "garbage", "Infinity"),
+        (told(b'"scheduling_delay_ms": -0.5'), "garbage", "-0.5"),
+        (SSE_HEAD + b"data: " + NESTED + b"\n\n", "garbage", "[[["),
+        (response(500, NESTED), "rejected", "500: [[["),
+        (response(200, NESTED), "not_streaming", "one JSON object"),
+        (SSE_HEAD + b"data: [DONE]\n\n", "garbage", "the answer holds no token"),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "garbage", "RemoteProtocolError"),
         (SSE_HEAD + token() * 2, "broken", "after 2 tokens"),
         (SSE_HEAD, "broken", "after 0 tokens"),
         (b"", "broken", "disconnected"),
         (SSE_HEAD.replace(b"connection: close", b"content-length: 999") + token(), "broken", ""),
         (SSE_HEAD + event({"error": {"message": "it failed"}}), "broken", "it failed"),
+        (SSE_HEAD + event({"error": {"message": "\ud800 failed"}}), "broken", "? failed"),
     ],
 )
 def test_what_goes_wrong_is_told_apart(data: bytes, kind: str, words: str) -> None:
@@ -102,6 +121,26 @@ def test_a_finish_reason_or_done_ends_an_answer(end: bytes) -> None:
         (record,) = run(fake.url, requests(1)).records
     assert record.failure is None
     assert len(record.token_s) == 2
+
+
+def test_an_answer_of_no_token_is_one_if_none_was_asked_for() -> None:
+    with fake_server(answer=fixed(SSE_HEAD + b"data: [DONE]\n\n")) as fake:
+        (record,) = run(fake.url, requests(1, output_tokens=0)).records
+    assert record.failure is None
+
+
+def test_whatever_a_request_leads_to_is_its_own_failure() -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise LookupError("not known")
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(fail)) as http:
+            await exchange(http, Endpoint("http://host"), b"{}", record, lambda: 1.0)
+
+    record = Record(Arrival(0.0, 25, 3))
+    asyncio.run(ask())
+    assert record.failure == Failure("garbage", "LookupError: not known")
+    assert record.end_s == 1.0
 
 
 def test_what_comes_after_the_end_is_not_waited_for() -> None:

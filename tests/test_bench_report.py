@@ -161,6 +161,23 @@ def test_notes() -> None:
     assert "client" not in str(count_table(simulated).rows)
 
 
+def test_an_answer_that_has_not_ended_is_not_good() -> None:
+    record = example().records[1]
+    assert SLO.is_met(record)
+    assert not SLO.is_met(replace(record, end_s=None))
+
+
+@pytest.mark.parametrize(("num_tokens", "is_noted"), [(19, False), (20, False), (18, True)])
+def test_short_answers_are_noted_without_the_servers_count(num_tokens: int, is_noted: bool) -> None:
+    times_s = [0.1 * place for place in range(1, num_tokens + 1)]
+    record = Record(Arrival(0.0, 100, 20), 0.0, times_s, times_s[-1])
+    results = Results(Workload((record.arrival,)), [record], 9.0)
+    words = f"{num_tokens} events with tokens came where 20 tokens were planned"
+    assert [note.startswith(words) for note in notes(results, summarize(results))] == (
+        [True] if is_noted else []
+    )
+
+
 def test_the_page_needs_no_network_and_runs_no_text() -> None:
     simulated = replace(example(), client_cpu_s=None, facts={})
     html = page([(NASTY, example()), ("simulated & more", simulated)], SLO)

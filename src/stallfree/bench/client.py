@@ -72,6 +72,8 @@ class _Run:
         self._http = http
         self._prompts = Prompts(size, SystemRandom().getrandbits(64))
         self._records: list[Record] = []
+        self._open: dict[int, Record] = {}  # those under way, by number
+        self._num_ended_tokens = 0  # of those that are not
         self._gone = asyncio.Event()
         self._unreachable_s: list[float] = []  # when requests failed, since the last that did not
         self._num_answered = 0
@@ -134,7 +136,7 @@ class _Run:
                     await asyncio.sleep(min(retry_after_s, MAX_PAUSE_S))
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._workload.clients or 1):
+            for _ in range(min(self._workload.clients or 1, len(self._workload.arrivals))):
                 group.create_task(client())
 
     def _body(self, number: int) -> bytes:
@@ -144,7 +146,10 @@ class _Run:
     async def _send(self, number: int, body: bytes) -> float | None:
         record = Record(self._workload.arrivals[number])
         self._records.append(record)
+        self._open[number] = record
         retry_after_s = await exchange(self._http, self._endpoint, body, record, self._now)
+        del self._open[number]
+        self._num_ended_tokens += len(record.token_s)
         if record.failure is None:
             self._num_answered += 1
         else:
@@ -171,13 +176,14 @@ class _Run:
             await asyncio.sleep(PROGRESS_S)
 
     def _progress(self) -> Progress:
+        num_open_tokens = sum(len(record.token_s) for record in self._open.values())
         return Progress(
             elapsed_s=self._now(),
             num_planned=len(self._workload.arrivals),
             num_sent=len(self._records),
             num_answered=self._num_answered,
             num_failed=self._num_failed,
-            num_tokens=sum(len(record.token_s) for record in self._records),
+            num_tokens=self._num_ended_tokens + num_open_tokens,
         )
 
     def _now(self) -> float:

@@ -190,7 +190,7 @@ async def _ask(
         raise EndpointError(message)
     try:
         answer = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise EndpointError(f"{url} answers with no JSON object; is it an OpenAI API?")
@@ -201,10 +201,10 @@ def error_text(status: int, body: bytes) -> str:
     """What an answer with an error says, in one line: its status and its message."""
     text = body.decode(errors="replace")
     try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    return f"status {status}: {error_message(content) or shorten(text) or 'no message'}"
+        message = error_message(json.loads(text))
+    except (ValueError, RecursionError):
+        message = None
+    return f"status {status}: {message or shorten(text) or 'no message'}"
 
 
 def error_message(content: object) -> str | None:
@@ -218,6 +218,6 @@ def error_message(content: object) -> str | None:
 
 
 def shorten(text: str) -> str:
-    """`text` in one line, of a length that can be read."""
-    line = " ".join(text.split())
+    """`text` in one line, of a length that can be read, in characters that can be written."""
+    line = " ".join(text.split()).encode(errors="replace").decode()
     return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 3] + "..."

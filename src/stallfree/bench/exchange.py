@@ -16,6 +16,7 @@ from stallfree.bench.events import EventReader
 from stallfree.bench.records import Failure, Record
 
 MAX_ERROR_BYTES = 1 << 16
+MAX_COUNT = 10**9  # of tokens: what a server counts beyond is no count
 REST_TIMEOUT_S = 0.2
 _TEXTS = ("content", "reasoning_content", "reasoning")  # of a chat's delta
 _CLOSED = ("closed", "disconnected")  # in what httpx says of a connection that ended too early
@@ -60,7 +61,7 @@ async def exchange(
         record.failure = Failure(*error.args)
     except TimeoutError:
         record.failure = Failure("timeout", f"no end after {endpoint.timeout_s:g} s")
-    except (httpx.HTTPError, httpx.StreamError, OSError, ValueError) as error:
+    except Exception as error:  # whatever one answer leads to, the others are still measured
         record.failure = _failure(error)
     if record.failure is not None or record.end_s is None:
         record.end_s = now()
@@ -98,6 +99,8 @@ class _Answer:
             num_tokens = len(self._record.token_s)
             message = f"the stream ended after {num_tokens} tokens, without [DONE]"
             raise _FailedError("broken", message)
+        if not self._record.token_s and self._record.arrival.output_tokens > 0:
+            raise _FailedError("garbage", "the answer holds no token")
 
     def _take(self, data: str, arrived_s: float) -> None:
         self._has_events = True
@@ -146,14 +149,22 @@ class _Answer:
         """Take the server's counts; a wait for scheduling is told by stallfree alone."""
         record = self._record
         if "prompt_tokens" in usage:
-            record.prompt_tokens = int(usage["prompt_tokens"])
+            record.prompt_tokens = _count(usage["prompt_tokens"])
         if "completion_tokens" in usage:
-            record.output_tokens = int(usage["completion_tokens"])
+            record.output_tokens = _count(usage["completion_tokens"])
         delay_ms = usage.get("scheduling_delay_ms")
         if delay_ms is not None:
             if not 0 <= delay_ms < math.inf:
                 raise ValueError(f"scheduling_delay_ms is {delay_ms}")
             record.scheduled_s = record.sent_s + delay_ms / 1000
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; raises ValueError, TypeError or OverflowError if it is none."""
+    count = int(value)
+    if not 0 <= count <= MAX_COUNT:
+        raise ValueError(f"{count} is no number of tokens")
+    return count
 
 
 async def _read_rest(chunks: AsyncIterator[bytes]) -> None:
@@ -177,7 +188,7 @@ async def _not_streamed(response: httpx.Response) -> _FailedError:
     body = await _beginning(response)
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, dict) and content.get("error"):
         return _FailedError("rejected", error_text(response.status_code, body))
@@ -197,10 +208,9 @@ def _failure(error: Exception) -> Failure:
     message = shorten(f"{type(error).__name__}: {error}".rstrip(": "))
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return Failure("unreachable", message)
-    is_readable = not isinstance(
-        error, httpx.RemoteProtocolError | httpx.DecodingError | ValueError
-    )
-    if is_readable or any(word in message for word in _CLOSED):
+    is_connection = isinstance(error, httpx.HTTPError | httpx.StreamError | OSError)
+    is_readable = not isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError)
+    if (is_connection and is_readable) or any(word in message for word in _CLOSED):
         return Failure("broken", message)
     return Failure("garbage", message)
 

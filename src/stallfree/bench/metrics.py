@@ -24,7 +24,7 @@ class Slo:
     ttft_s: float | None = None
 
     def is_met(self, record: Record) -> bool:
-        """Whether a request was answered within its targets."""
+        """Whether a request was answered within its targets, and to its end."""
         if record.failure is not None or record.end_s is None or record.ttft_s is None:
             return False
         in_time = self.ttft_s is None or record.ttft_s <= self.ttft_s

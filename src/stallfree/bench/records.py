@@ -15,8 +15,9 @@ class Failure:
 
     Attributes:
         kind: for tables: "refused" (status 429), "rejected" (another status), "unreachable"
-            (no connection), "broken" (it ended in the middle), "garbage" (no event stream, or one
-            that cannot be read), "not_streaming" (the whole answer in one piece), "timeout".
+            (no connection), "broken" (it ended in the middle), "garbage" (no event stream, one that
+            cannot be read, or one without a token), "not_streaming" (the whole answer in one
+            piece), "timeout".
         message: what is known of it.
     """
 

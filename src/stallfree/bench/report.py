@@ -155,7 +155,16 @@ def _size_notes(records: Sequence[Record]) -> list[str]:
             found.append(
                 f"the server counted {counted:,} {kind} tokens where {planned:,} were planned"
             )
-    told = [each for each in records if each.failure is None and each.output_tokens is not None]
+    answered = [each for each in records if each.failure is None and each.end_s is not None]
+    untold = [each for each in answered if each.output_tokens is None]
+    planned = sum(each.arrival.output_tokens for each in untold)
+    came = sum(len(each.token_s) for each in untold)
+    if planned and came / planned < 1 - MAX_WRONG_SIZE:
+        found.append(
+            f"{came:,} events with tokens came where {planned:,} tokens were planned, and the "
+            "server does not count them: answers are shorter, or events hold several tokens"
+        )
+    told = [each for each in answered if each.output_tokens is not None]
     num_tokens = sum(each.output_tokens or 0 for each in told)
     num_events = sum(len(each.token_s) for each in told)
     if num_events and num_tokens / num_events > MAX_TOKENS_PER_EVENT:
