@@ -32,6 +32,7 @@ from stallfree.bench.endpoint import Endpoint
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.cli.live_system import LiveSystem
 from stallfree.cli.workload_options import WorkloadSettings
+from stallfree.errors import EndpointError
 
 ROOT = Path(__file__).parent.parent
 STATE = Path(tempfile.gettempdir()) / "stallfree-capacity.jsonl"
@@ -66,7 +67,7 @@ def main() -> int:
     try:
         for name in options.only or SETTINGS:
             found[name] = _capacities(name, options)
-    except ServerError as error:
+    except (ServerError, EndpointError) as error:
         print(f"the server does not answer: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

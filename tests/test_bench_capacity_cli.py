@@ -9,19 +9,13 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_server import SSE_HEAD, Asked, FakeServer, event, fake_server, response, token
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from stallfree.bench.capacity import Capacity, Criterion, SeedCapacity
-from stallfree.bench.capacity_report import capacity_notes, probe_line
-from stallfree.bench.probe import QUANTILES, Probe
 from stallfree.cli.app import app
 from stallfree.cli.capacity_options import read_share
-from stallfree.cli.capacity_search import print_capacity
 from stallfree.errors import ConfigError, EndpointError
 
 NUM_REQUESTS = 3
@@ -36,11 +30,13 @@ class Script:
         fails: numbers of the runs that fail, from 0; that without load is -1.
         delay_ms: what the server tells of its waits; None if it does not.
         interrupted_in: the run in which Ctrl-C is pressed.
+        refusal: what the request that fails is answered with.
     """
 
     fails: tuple[int, ...] = ()
     delay_ms: float | None = 1.0
     interrupted_in: int | None = None
+    refusal: bytes = REFUSED
     sizes: list[int] = field(default_factory=list)
 
     @property
@@ -53,7 +49,7 @@ class Script:
         if run - 1 == self.interrupted_in and place == 0:
             os.kill(os.getpid(), signal.SIGINT)
         if run - 1 in self.fails and place == 0:
-            writer.write(REFUSED)
+            writer.write(self.refusal)
             return
         count = asked.body["max_tokens"]
         told = {} if self.delay_ms is None else {"scheduling_delay_ms": self.delay_ms}
@@ -104,6 +100,7 @@ def test_a_capacity_is_found(serving: Callable[[Script], FakeServer], tmp_path: 
         "qps": 565.69,
         "failed_qps": 800.0,
         "passed_above_qps": None,
+        "is_settled": True,
     }
     assert len(content["probes"]) == script.num_runs
 
@@ -139,12 +136,51 @@ def test_an_interrupted_search_goes_on(
     assert "holds 0 runs of this search; 3 of other servers or workloads" in result.output
 
 
+def test_an_interrupted_search_tells_what_it_found(
+    serving: Callable[[Script], FakeServer], tmp_path: Path
+) -> None:
+    output = tmp_path / "capacity.json"
+    script = Script(fails=(1,), interrupted_in=2)
+    result = capacity(serving(script), "--output", str(output))
+    assert result.exit_code == 130, result.output
+    assert "over 400 and below 800 so far" in " ".join(result.output.split())
+    content = json.loads(output.read_text())
+    [found] = content["capacities"]
+    assert (found["mean_qps"], len(content["probes"])) == (None, 2)
+    [seed] = found["seeds"]
+    assert (seed["qps"], seed["failed_qps"], seed["is_settled"]) == (400.0, 800.0, False)
+
+
 def test_an_interrupted_search_without_a_file_says_so(
     serving: Callable[[Script], FakeServer],
 ) -> None:
     result = capacity(serving(Script(interrupted_in=1)))
     assert result.exit_code == 130, result.output
-    assert "Nothing is kept without --state" in result.output
+    assert "Without --state FILE.jsonl the next search begins anew." in result.output
+    result = capacity(serving(Script(interrupted_in=0)))
+    assert result.exit_code == 130, result.output
+    assert "capacity, in requests a second" not in result.output  # nothing is known
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [response(500, b'{"error": "died"}'), SSE_HEAD + token(), SSE_HEAD + b"data: [DONE]\n\n"],
+)
+def test_a_server_that_breaks_in_a_run_has_no_limit_there(
+    serving: Callable[[Script], FakeServer], tmp_path: Path, broken: bytes
+) -> None:
+    script = Script(fails=(1,), refusal=broken)
+    output, state = tmp_path / "capacity.json", tmp_path / "state.jsonl"
+    files = ("--output", str(output), "--state", str(state))
+    result = capacity(serving(script), *files)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, EndpointError)
+    assert "the run at 800/s with seed 0 shows nothing: " in str(result.exception)
+    assert script.num_runs == 2
+    assert "over 400 so far" in result.output
+    assert "Note: with 60 s, the search ended early" in result.output
+    assert [probe["qps"] for probe in json.loads(output.read_text())["probes"]] == [400.0]
+    assert state.read_text().count('"probe"') == 1
 
 
 @pytest.mark.parametrize("fails_in", [-1, 0])
@@ -178,6 +214,7 @@ def test_a_server_that_only_fails_is_no_capacity(
         (["--qps", "0.001"], "qps is 0.001; it must be at least 0.01 and at most 1000"),
         (["--output", "/nowhere/x.json"], "/nowhere/x.json cannot be written"),
         (["--workload", "nonsense"], "nonsense"),
+        (["--arrivals", "fixed", "--seeds", "2"], "seeds is 2, but each seed draws the same"),
     ],
 )
 def test_wrong_flags_are_named_before_the_server_is_asked(
@@ -190,6 +227,28 @@ def test_wrong_flags_are_named_before_the_server_is_asked(
     assert not server.asked
 
 
+def test_seeds_that_draw_the_same_give_no_confidence(
+    serving: Callable[[Script], FakeServer], tmp_path: Path
+) -> None:
+    trace, saved = tmp_path / "trace.csv", tmp_path / "saved.jsonl"
+    times = "".join(f"{place},20,4\n" for place in range(NUM_REQUESTS))
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + times)
+    recorded = ("--workload", f"trace:{trace}", "--arrivals", "trace")
+    flags = ("--num-requests", str(NUM_REQUESTS), "--save", str(saved))
+    made = CliRunner().invoke(app, ["bench", "workload", *recorded, *flags])
+    assert made.exit_code == 0, made.output
+    server = serving(Script())
+    common = ["bench", "capacity", server.url, "--slo-tbt", "60s", "--qps", "400"]
+    common += ["--precision", "50%"]
+    for workload in (["--replay", str(saved)], [*recorded, "--num-requests", str(NUM_REQUESTS)]):
+        result = CliRunner().invoke(app, [*common, *workload])
+        assert isinstance(result.exception, ConfigError)
+        assert "take --seeds 1" in str(result.exception)
+        assert not server.streamed
+    result = CliRunner().invoke(app, [*common, "--replay", str(saved), "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+
+
 def test_a_closed_loop_has_no_capacity() -> None:
     flags = ["bench", "capacity", "http://127.0.0.1:9", "--slo-tbt", "1s", "--clients", "3"]
     result = CliRunner().invoke(app, flags)
@@ -200,54 +259,3 @@ def test_a_closed_loop_has_no_capacity() -> None:
 @pytest.mark.parametrize(("text", "share"), [("2.5%", 0.025), ("0.025", 0.025), (" 10 % ", 0.1)])
 def test_shares_are_read(text: str, share: float) -> None:
     assert read_share(text) == pytest.approx(share)
-
-
-def probe(**changes: Any) -> Probe:
-    values: dict[str, Any] = {
-        "qps": 2.0,
-        "seed": 1,
-        "tbt_s": dict.fromkeys(QUANTILES, 0.1),
-        "delay_s": 1.5,
-        "is_delay_told": True,
-        "failures": {},
-        "num_requests": 100,
-        "is_complete": True,
-        "requests_per_s": 1.9,
-        "output_tokens_per_s": 100.0,
-        "duration_s": 50.0,
-    }
-    return Probe(**{**values, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "P99 TBT 100 ms, median delay 1.5 s: fails 50 ms, passes 1 s"),
-        ({"is_delay_told": False}, "median delay about 1.5 s"),
-        ({"failures": {"refused": 1200}}, "/s  1,200 refused, P99 TBT"),
-        ({"is_complete": False}, "/s  given up, P99"),
-        ({"tbt_s": None, "delay_s": None}, "/s  no token came: fails 50 ms, fails 1 s"),
-    ],
-)
-def test_a_probe_in_a_line(changes: dict[str, Any], words: str) -> None:
-    line = probe_line(probe(**changes), [Criterion(0.05), Criterion(1.0)])
-    assert line.startswith("seed 1          2/s  ")
-    assert words in line
-
-
-def test_the_table_and_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
-    strict, relaxed = Criterion(0.1), Criterion(1.0, quantile=0.5)
-    probes = (probe(), probe(is_delay_told=False))
-    seeds = (SeedCapacity(0, 2.0, 2.04), SeedCapacity(1, 4.0, 4.1, passed_above_qps=5.0))
-    limits = (SeedCapacity(0, None, 0.01), SeedCapacity(1, 1000.0, None))
-    found = [Capacity(strict, seeds, probes), Capacity(relaxed, limits, probes)]
-    print_capacity(Console(width=120), found)
-    text = capsys.readouterr().out
-    for words in ("P99 within 100 ms", "3", "2, 4", "P50 within 1 s", "below 0.01, at least 1000"):
-        assert words in text
-    assert [note.split(":")[0].split(";")[0] for note in capacity_notes(found)] == [
-        "with 100 ms, seed 1 passed 5 although it failed 4.1",
-        "with 1 s, nothing failed up to the highest rate that was tried.",
-        "with 1 s, nothing passed down to the lowest rate that was tried.",
-        "the server does not tell when it begins with a request",
-    ]

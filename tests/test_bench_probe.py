@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +48,36 @@ def test_the_numbers_of_a_run() -> None:
     assert probe.failures == {"broken": 1, "unfinished": 1}
     assert probe.duration_s == pytest.approx(2.5 + 50.5 - 1)
     assert probe.requests_per_s == pytest.approx(2 / 52)
+
+
+def test_a_late_client_is_told_and_passes_nothing() -> None:
+    records = [record(10, 0.1, at_s=float(place)) for place in range(3)]
+    for each in records:
+        each.sent_s += 0.04
+    results = run(records)
+    results.client_cpu_s = 30.0
+    probe = Probe.of(results, 1.0, 0)
+    assert probe.lateness_s == pytest.approx(0.04)
+    assert probe.client_cpu == pytest.approx(0.3)
+    assert Criterion(1.0).is_met(probe)
+    assert Criterion(1.0).is_met(replace(probe, lateness_s=None))
+    assert not Criterion(1.0).is_met(replace(probe, lateness_s=0.051))
+
+
+def test_what_is_not_known_of_the_client_is_none() -> None:
+    results = run([record(10, 0.1)])
+    results.workload = replace(results.workload, clients=1)
+    probe = Probe.of(results, 1.0, 0)
+    assert (probe.lateness_s, probe.client_cpu) == (None, None)
+
+
+def test_a_probe_without_what_is_known_of_the_client_is_read() -> None:
+    probe = Probe.of(run([record(10, 0.1)]), 1.0, 0)
+    content = json.loads(json.dumps(probe.as_json()))
+    del content["lateness_s"], content["client_cpu"]
+    assert Probe.from_json(content) == replace(probe, lateness_s=None)
+    with pytest.raises(ValueError, match="late"):
+        Probe.from_json({**content, "lateness_s": "late"})
 
 
 def test_quantiles_can_be_chosen() -> None:

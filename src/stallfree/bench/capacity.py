@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, mean, stdev
 
 from stallfree.bench.probe import QUANTILES, PrefillTimes, Probe
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.bench.records import Results
+from stallfree.bench.report import MAX_LATENESS_S
 from stallfree.errors import ConfigError
 
 Measure = Callable[[float, int], Results]
@@ -51,8 +52,14 @@ class Criterion:
             raise ConfigError(f"quantile is {self.quantile}; it must be one of {known}")
 
     def is_met(self, probe: Probe) -> bool:
-        """Whether a probe passes; without a time between tokens, there is none too long."""
+        """Whether a probe passes; without a time between tokens, there is none too long.
+
+        One whose requests were sent more than `MAX_LATENESS_S` late does not, whatever its times:
+        the client could not offer its rate.
+        """
         if not probe.is_complete or probe.failures or probe.delay_s is None:
+            return False
+        if probe.lateness_s is not None and probe.lateness_s > MAX_LATENESS_S:
             return False
         is_steady = probe.tbt_s is None or probe.tbt_s[self.quantile] <= self.tbt_s
         return is_steady and probe.delay_s <= self.max_delay_s
@@ -101,12 +108,14 @@ class SeedCapacity:
         failed_qps: the lowest rate that failed; None if none did, up to `max_qps`.
         passed_above_qps: the highest rate that passed although `failed_qps` is below it; None if
             none did. Where it is not, the capacity of this seed is less certain than it looks.
+        is_settled: whether the search of this seed ended; if not, these are what it knew so far.
     """
 
     seed: int
     qps: float | None
     failed_qps: float | None
     passed_above_qps: float | None = None
+    is_settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +134,15 @@ class Capacity:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether each seed has a rate that passed and one that failed, within the limits."""
-        return all(each.qps is not None and each.failed_qps is not None for each in self.seeds)
+        """Whether each seed's search ended with a rate that passed and one that failed."""
+        return all(
+            each.is_settled and each.qps is not None and each.failed_qps is not None
+            for each in self.seeds
+        )
 
     @property
     def mean_qps(self) -> float | None:
-        """The mean over the seeds; None unless all have a capacity within the limits."""
+        """The mean over the seeds; None unless all have a capacity that was found."""
         found = [each.qps for each in self.seeds if each.qps is not None]
         return mean(found) if self.is_bounded else None
 
@@ -209,17 +221,27 @@ def find_capacities(
                 while qps := _next_qps(probes.of_seed[seed], criterion, settings, before):
                     probes.make(qps, seed)
                     is_settled = False
-    every = [
-        probe for known in probes.of_seed.values() for probe in sorted(known, key=lambda p: p.qps)
-    ]
-    return [
-        Capacity(
-            criterion,
-            tuple(_bracket(seed, known, criterion) for seed, known in probes.of_seed.items()),
-            tuple(every),
-        )
-        for criterion in criteria
-    ]
+    every = [probe for known in probes.of_seed.values() for probe in known]
+    return capacities_of(every, criteria, settings)
+
+
+def capacities_of(
+    probes: Iterable[Probe], criteria: Sequence[Criterion], settings: SearchSettings
+) -> list[Capacity]:
+    """What probes say under each criterion, whether or not the search with them has ended."""
+    of_seed: dict[int, list[Probe]] = {seed: [] for seed in settings.seeds}
+    for probe in sorted(probes, key=lambda each: each.qps):
+        if probe.seed in of_seed:
+            of_seed[probe.seed].append(probe)
+    every = tuple(probe for known in of_seed.values() for probe in known)
+    found = []
+    for criterion in criteria:
+        seeds: list[SeedCapacity] = []
+        for seed, known in of_seed.items():
+            is_settled = _next_qps(known, criterion, settings, seeds) is None
+            seeds.append(replace(_bracket(seed, known, criterion), is_settled=is_settled))
+        found.append(Capacity(criterion, tuple(seeds), every))
+    return found
 
 
 def _bracket(seed: int, known: Iterable[Probe], criterion: Criterion) -> SeedCapacity:

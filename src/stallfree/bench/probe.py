@@ -14,6 +14,7 @@ from typing import Any
 
 from stallfree.bench.metrics import percentile, summarize
 from stallfree.bench.records import Record, Results
+from stallfree.bench.report import cpu_share
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 
@@ -82,6 +83,8 @@ class Probe:
         requests_per_s, output_tokens_per_s: what was answered, over the duration; None if nothing
             was.
         duration_s: from the first sending to the last token; None if there was no token.
+        lateness_s: P99 of how much later than planned requests were sent; None if unknown.
+        client_cpu: share of a core that the load generator used; None if unknown.
     """
 
     qps: float
@@ -95,6 +98,8 @@ class Probe:
     requests_per_s: float | None
     output_tokens_per_s: float | None
     duration_s: float | None
+    lateness_s: float | None = None
+    client_cpu: float | None = None
 
     @classmethod
     def of(
@@ -129,6 +134,8 @@ class Probe:
             requests_per_s=_finite(summary.requests_per_s),
             output_tokens_per_s=_finite(summary.output_tokens_per_s),
             duration_s=_finite(summary.duration_s),
+            lateness_s=_finite(summary.latencies["lateness"]["p99"]),
+            client_cpu=cpu_share(results),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -146,8 +153,9 @@ class Probe:
             values = dict(content)
             if values["tbt_s"] is not None:
                 values["tbt_s"] = {share: float(values["tbt_s"][str(share)]) for share in QUANTILES}
-            if values["delay_s"] is not None:
-                values["delay_s"] = float(values["delay_s"])
+            for name in ("delay_s", "lateness_s", "client_cpu"):
+                if values.get(name) is not None:
+                    values[name] = float(values[name])
             return cls(**{**values, "qps": float(values["qps"]), "seed": int(values["seed"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"it holds no probe: {error!r}") from error

@@ -44,6 +44,10 @@ def capacity(
     the precision. Each seed has a search of its own, which gives the interval. Every run lasts
     until its last answer, so the next one finds the server idle. Ctrl-C ends the search.
 
+    A run must offer its requests for some twenty times --max-delay, by --num-requests, or an
+    overload shows too late and the capacity is overestimated. A run whose requests were sent late
+    does not pass.
+
     The server's own settings are not known here: take a new --state when they change.
     """
     from stallfree.cli.capacity_search import search_capacity

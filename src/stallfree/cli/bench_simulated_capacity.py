@@ -37,7 +37,8 @@ def simulated_capacity(
 
     The search and its flags are those of `stallfree bench capacity`, each run is one of `stallfree
     simulate`. A run is given up as soon as it cannot pass under the loosest --slo-tbt any more;
-    what it would have shown beyond that is not known.
+    what it would have shown beyond that is not known. Here too, a run must offer its requests for
+    some twenty times --max-delay, by --num-requests.
 
     Without --token-budget and --tbt-slo, an iteration holds 512 tokens on any device. Simulated
     requests have no users and no tiers, so --fair and --tier are refused.

@@ -11,6 +11,7 @@ import typer
 
 from stallfree.bench.capacity import MAX_QPS, MIN_QPS, Criterion, SearchSettings
 from stallfree.cli.bench_serve import check_outputs
+from stallfree.cli.drawn_workload import DrawnWorkload
 from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.flags import check_range, parse_duration
 from stallfree.errors import ConfigError
@@ -101,7 +102,8 @@ def read_wanted(
     """What the flags ask for.
 
     Raises:
-        ConfigError: a value makes no sense, or the output cannot be written.
+        ConfigError: a value makes no sense, seeds would not differ, or the output cannot be
+            written.
     """
     check_outputs(output)
     check_range("qps", workload.qps, MIN_QPS, MAX_QPS)
@@ -111,6 +113,7 @@ def read_wanted(
         start_qps=1.0 if workload.qps is None else workload.qps,
         precision=read_share(precision),
     )
+    DrawnWorkload(workload).check_seeds(settings.seeds)
     return Wanted(criteria, settings, state, output)
 
 

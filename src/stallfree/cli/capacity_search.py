@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from stallfree.bench.capacity import Capacity, find_capacities
+from stallfree.bench.capacity import Capacity, capacities_of, find_capacities
 from stallfree.bench.capacity_report import (
     capacity_json,
     capacity_notes,
@@ -17,14 +17,14 @@ from stallfree.bench.capacity_report import (
     seed_text,
     time_text,
 )
-from stallfree.bench.probe import PrefillTimes
+from stallfree.bench.probe import PrefillTimes, Probe
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.bench.progress import OnProgress, Progress
 from stallfree.bench.records import Results
 from stallfree.cli import INTERRUPTED
 from stallfree.cli.bench_serve import progress_line
 from stallfree.cli.capacity_options import Wanted
-from stallfree.errors import ConfigError
+from stallfree.errors import ConfigError, StallfreeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,28 +49,46 @@ class MeasuredSystem(Protocol):
 def search_capacity(system: MeasuredSystem, wanted: Wanted) -> None:
     """Search, tell of each run on stderr, and print and write what was found.
 
+    A search that ends early prints and writes what it knew by then, if it knew anything.
+
     Raises:
         Exit: Ctrl-C ended it.
         ConfigError: a file cannot be read or written.
+        EndpointError: the server can no longer be measured.
     """
-    from rich.console import Console
-
     file = None if wanted.state is None else ProbeFile(wanted.state, system.facts())
+    known = list(file or ())
     try:
-        found = _search(system, wanted, file)
+        _search(system, wanted, file, known)
+    except StallfreeError:
+        _show(system, wanted, known)
+        raise
     except KeyboardInterrupt:
-        kept = "Nothing is kept without --state FILE.jsonl."
+        _show(system, wanted, known)
+        kept = "Without --state FILE.jsonl the next search begins anew."
         if file is not None:
             kept = f"{file.path} holds all runs that ended; the same command goes on from there."
         typer.echo(f"Interrupted. {kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    _show(system, wanted, known)
+
+
+def _show(system: MeasuredSystem, wanted: Wanted, known: Sequence[Probe]) -> None:
+    """Print and write what probes say, unless there is none."""
+    from rich.console import Console
+
+    if not known:
+        return
+    found = capacities_of(known, wanted.criteria, wanted.settings)
     print_capacity(Console(), found)
     if wanted.output is not None:
         write_capacity(wanted.output, found, system.facts())
 
 
-def _search(system: MeasuredSystem, wanted: Wanted, file: ProbeFile | None) -> list[Capacity]:
-    """Search, and tell of each run on stderr."""
+def _search(
+    system: MeasuredSystem, wanted: Wanted, file: ProbeFile | None, known: list[Probe]
+) -> None:
+    """Search, add each new probe to those that are known, and tell of it on stderr."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -94,13 +112,17 @@ def _search(system: MeasuredSystem, wanted: Wanted, file: ProbeFile | None) -> l
 
             return system.measure(qps, seed, show)
 
-        return find_capacities(
+        def add(probe: Probe) -> None:
+            known.append(probe)
+            tell(probe_line(probe, wanted.criteria))
+
+        find_capacities(
             measure,
             wanted.criteria,
             wanted.settings,
             file,
             prefill,
-            on_probe=lambda probe: tell(probe_line(probe, wanted.criteria)),
+            on_probe=add,
         )
 
 
@@ -123,7 +145,7 @@ def print_capacity(console: Console, found: Sequence[Capacity]) -> None:
             "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}",
             ", ".join(seed_text(seed) for seed in each.seeds),
         )
-    console.print(table, highlight=False)
+    console.print(table, highlight=False, markup=False)
     for note in capacity_notes(found):
         console.print(
             f"Note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True

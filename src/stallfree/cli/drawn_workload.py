@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from stallfree.bench.workload import Workload
@@ -34,6 +34,18 @@ class DrawnWorkload:
     def first(self) -> Workload:
         """The requests of the seed that is set."""
         return self._draw(self._settings.workload_seed)
+
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        """Check that several seeds are several draws: of one there is no confidence.
+
+        Raises:
+            ConfigError: they are all the same.
+        """
+        if len(seeds) > 1 and self._draw(seeds[0]).arrivals == self._draw(seeds[1]).arrivals:
+            raise ConfigError(
+                f"seeds is {len(seeds)}, but each seed draws the same requests at the same times "
+                "from this workload: take --seeds 1"
+            )
 
     def at_rate(self, qps: float, seed: int) -> Workload:
         """The requests of a seed.

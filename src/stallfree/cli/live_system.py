@@ -73,14 +73,14 @@ class LiveSystem:
         """One run, to the end of its last request, so that the next one finds the server idle.
 
         Raises:
-            EndpointError: the server is gone, or answers nothing for reasons that are not load.
+            EndpointError: the server is gone, or a request failed for a reason that is not load:
+                a server that dies in the middle of a run has no limit at that rate.
         """
         workload = self._drawn.at_rate(qps, seed)
         results = asyncio.run(run_workload(self._endpoint, workload, on_progress))
         failures = [each.failure for each in results.records if each.failure is not None]
-        has_answers = len(failures) < len(results.records)
-        is_load = has_answers or any(each.kind in _LOAD_FAILURES for each in failures)
-        if not results.is_complete or not is_load:
-            reason = failures[-1].message if failures else "the run ended early"
+        others = [each for each in failures if each.kind not in _LOAD_FAILURES]
+        if others or not results.is_complete:
+            reason = others[0].message if others else "it ended early"
             raise EndpointError(f"the run at {qps:g}/s with seed {seed} shows nothing: {reason}")
         return results
