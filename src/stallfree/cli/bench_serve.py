@@ -202,7 +202,7 @@ def _print_table(console: Console, table: Table) -> None:
         made.add_column(column, justify="right" if place and any(table.columns) else "left")
     for row in table.rows:
         made.add_row(*row)
-    console.print(made, highlight=False)
+    console.print(made, highlight=False, markup=False)
 
 
 def write_results(

@@ -115,7 +115,9 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         info = typer.Argument(**shown)
     else:
         shown |= {"envvar": flag.variable, "rich_help_panel": flag.panel}
-        info = typer.Option(setting.option, **shown)
+        is_on = setting.type is bool and setting.default  # and so needs a flag that turns it off
+        off = f"/--no-{setting.option.removeprefix('--')}" if is_on else ""
+        info = typer.Option(setting.option + off, **shown)
     default = list(setting.default) if setting.type is tuple else setting.default
     return inspect.Parameter(
         setting.name,

@@ -56,7 +56,7 @@ def plan(
     console.print("replicas  P99 TBT  P99 TTFT  tokens/s", highlight=False)
 
     def show(trial: Trial) -> None:
-        console.print(_line(trial), highlight=False, soft_wrap=True)
+        console.print(_line(trial), highlight=False, markup=False, soft_wrap=True)
 
     found = find_replicas(arrivals, made, lambda: make_router(router), slo, max_replicas, show)
     if found is None:
@@ -65,7 +65,8 @@ def plan(
     devices = found * system.num_devices
     on = system.device or str(system.measured)
     what = f"{found:,} replica{'s' if found > 1 else ''}"
-    console.print(f"{what}: {devices:,} x {on}", style="bold", highlight=False, soft_wrap=True)
+    line = f"{what}: {devices:,} x {on}"
+    console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def _line(trial: Trial) -> str:

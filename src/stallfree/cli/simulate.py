@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stallfree.bench.probe_file import fingerprint
 from stallfree.cli.bench_serve import HtmlOption, check_outputs, print_report, write_results
 from stallfree.cli.endpoint_options import SloSettings
 from stallfree.cli.system_options import SystemSettings
 from stallfree.cli.workload_options import WorkloadSettings
+from stallfree.engine.flags import settings_of
 from stallfree.engine.scheduling_settings import SchedulingSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stallfree.sim.simulation import Simulation
+    from stallfree.sim.system import System
 
 ReplicasOption = Annotated[
     int,
@@ -51,7 +54,8 @@ def simulate(
 
     It is the loop and the scheduler that serve; only the time of each iteration is predicted: from
     a device's operations and bytes, or from a profile of a real machine. Prints the report of
-    `stallfree bench serve`, and what each pipeline stage did.
+    `stallfree bench serve`, and what each pipeline stage did. The exit code is 1 if any request
+    failed.
 
     Without --token-budget and --tbt-slo, an iteration holds 512 tokens on any device. Simulated
     requests have no users and no tiers, so --fair and --tier are refused.
@@ -64,8 +68,8 @@ def simulate(
     check_outputs(output, csv, html)
     made = system.system(scheduling)
     arrivals = workload.workload(made.max_model_len)
-    facts = {**system.about, "scheduler": scheduling.scheduler, "replicas": replicas}
-    copies = [made.replica(seed) for seed in range(replicas)]
+    facts = _facts(system, scheduling, made) | {"replicas": replicas, "router": router}
+    copies = made.replicas(replicas, workload.workload_seed)
     started = time.perf_counter()
     done = run(arrivals, copies, make_router(router), facts=facts)
     seconds = time.perf_counter() - started
@@ -76,6 +80,25 @@ def simulate(
     num_iterations = sum(replica.num_iterations for replica in done.replicas)
     console.print(speed_line(done.results.end_s, seconds, num_iterations), highlight=False)
     write_results(done.results, slo, output, csv, html)
+    if any(record.failure is not None for record in done.results.records):
+        raise typer.Exit(1)
+
+
+def _facts(
+    system: SystemSettings, scheduling: SchedulingSettings, made: System
+) -> dict[str, object]:
+    """What a simulation depends on but its workload: settings that were changed, and a name.
+
+    The name, of all settings of the system and what is in its files, is the same for the same.
+    """
+    changed = {
+        setting.name: value
+        for setting in settings_of(SchedulingSettings)
+        if (value := getattr(scheduling, setting.field)) != setting.default
+    }
+    sizes = {"kv_cache_tokens": made.kv_cache_tokens, "max_model_len": made.max_model_len}
+    named = {"system": fingerprint(system.facts())}
+    return {**system.about, **sizes, **named, "scheduler": scheduling.scheduler, **changed}
 
 
 def _print_replicas(console: Console, done: Simulation) -> None:

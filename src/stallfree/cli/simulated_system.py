@@ -75,7 +75,7 @@ class SimulatedSystem:
     def measure(self, qps: float, seed: int, on_progress: OnProgress | None = None) -> Results:
         """One run, incomplete if it was given up."""
         workload = self._drawn.at_rate(qps, seed)
-        copies = [self._system.replica(place) for place in range(self._num_replicas)]
+        copies = self._system.replicas(self._num_replicas, seed)
         give_up: Callable[[Record], bool] = GiveUp(workload, self._loosest)
         if on_progress is not None:
             give_up = _Watched(give_up, workload, copies, on_progress)

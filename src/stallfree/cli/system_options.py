@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 PROFILED_KV_TOKENS, PROFILED_CONTEXT = 262_144, 32_768
 _PANEL = "System"
-_ROOFLINE_ONLY = ("device", "model", "tensor_parallel_size", "pipeline_parallel_size", "launch_us")
+_ROOFLINE_ONLY = (
+    *("device", "model", "tensor_parallel_size", "pipeline_parallel_size", "is_one_node"),
+    "launch_us",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class SystemSettings:
                     "--times FILE.csv"
                 )
             return
-        blank = {"device": None, "model": None, "launch_us": 0.0}
+        blank = {"device": None, "model": None, "is_one_node": True, "launch_us": 0.0}
         for name in _ROOFLINE_ONLY:
             if getattr(self, name) != blank.get(name, 1):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; step times have their own")
@@ -207,7 +210,8 @@ class SystemSettings:
             return {"step_times": str(self.measured), "sequence_us": self.sequence_us}
         split = f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
         overhead = {"launch_us": self.launch_us, "sequence_us": self.sequence_us}
-        return {"model": self.model, "device": self.device, "split": split, **overhead}
+        place = {"device": self.device, "split": split, "one_node": self.is_one_node}
+        return {"model": self.model, **place, **overhead}
 
     def facts(self) -> dict[str, object]:
         """All that its step times depend on, with what is in the files; plain enough for JSON.

@@ -67,7 +67,7 @@ def find_replicas(
     """
 
     def works(replicas: int) -> bool:
-        copies = [system.replica(seed) for seed in range(replicas)]
+        copies = system.replicas(replicas)
         summary = summarize(simulate(workload, copies, router()).results, slo)
         trial = Trial(replicas, summary, keeps(summary, slo))
         if on_trial:

@@ -76,6 +76,14 @@ class System:
         admission = Admission(own.max_queued_requests, own.max_queued_tokens, own.admit_within_slo)
         return Replica(scheduler, times, admission, own.tiers["default"])
 
+    def replicas(self, count: int, seed: int = 0) -> list[Replica]:
+        """New replicas for one run; each, and those of each seed, have a scatter of their own.
+
+        Raises:
+            ConfigError: see `replica`.
+        """
+        return [self.replica(seed * count + place) for place in range(count)]
+
     def _budget(self, times: StageTimes) -> TokenBudget:
         target_s = self.settings.tbt_slo_s
         if target_s is None:
