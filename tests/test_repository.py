@@ -24,7 +24,7 @@ LAYERS = (
     "cli",
 )  # each imports those before it
 MODULES = sorted(SOURCE.rglob("*.py"))
-SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+SCRIPTS = [*sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
 
 
 def name_of(path: Path) -> str:

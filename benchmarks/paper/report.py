@@ -9,7 +9,7 @@ from typing import Any
 import ablation
 import report_live
 from cells import OVERHEAD_SYSTEM, PIPELINE_QPS, SCHEDULERS, SPLIT_QPS, SPLITS, TARGETS
-from markdown import table
+from markdown_table import table
 from sweeps import ABLATION_REQUESTS, ABLATION_SEEDS, NUM_REQUESTS
 from systems import DATASETS
 
@@ -121,7 +121,7 @@ def _step_times(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _capacity(stored: dict[str, Any]) -> list[str]:
-    qps = {tuple(row["cell"]): row["qps"] for row in stored["rows"]}
+    qps = {tuple(row["cell"]): row["qps"] or 0.0 for row in stored["rows"]}
     names = list(dict.fromkeys(cell[0] for cell in qps))
     rows = []
     for place in itertools.product(names, TARGETS, DATASETS):

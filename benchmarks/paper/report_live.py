@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from markdown import table
+from markdown_table import table
 
 STALLS = """\
 ## Figure 1: generation stalls (live)

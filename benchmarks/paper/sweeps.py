@@ -12,6 +12,7 @@ from statistics import mean
 from systems import ARTIFACT, DATASETS, SYSTEMS, PaperSystem, recipe
 
 from stallfree.bench.capacity import Criterion, SearchSettings, find_capacities
+from stallfree.bench.giving_up import GiveUp
 from stallfree.bench.metrics import Summary, summarize
 from stallfree.bench.records import Record, Results
 from stallfree.bench.workload import Workload
@@ -26,21 +27,6 @@ ABLATION_REQUESTS, ABLATION_SEEDS = 128, range(8)
 START_QPS = {"Mistral-7B": 2.0, "Yi-34B": 0.7, "LLaMA2-70B": 0.5, "Falcon-180B": 0.7}
 
 
-def hopeless(workload: Workload, criterion: Criterion) -> Callable[[Record], bool]:
-    """A rule that ends a run once it cannot pass any more."""
-    all_gaps = sum(each.output_tokens - 1 for each in workload.arrivals)
-    most_long, most_late = (1 - criterion.quantile) * all_gaps, len(workload.arrivals) / 2
-    num_long = num_late = 0
-
-    def rule(record: Record) -> bool:
-        nonlocal num_long, num_late
-        num_long += sum(gap > criterion.tbt_s for gap in record.gaps_s)
-        num_late += (record.scheduling_delay_s or 0.0) > criterion.max_delay_s
-        return num_long > most_long or num_late > most_late
-
-    return rule
-
-
 def capacity(
     name: str,
     target: str,
@@ -49,7 +35,10 @@ def capacity(
     has_overhead: bool = False,
     seeds: tuple[int, ...] = SEEDS,
 ) -> dict[str, object]:
-    """The capacity of a scheduler on one of the paper's systems, in requests per second."""
+    """The capacity of a scheduler on one of the paper's systems, in requests per second.
+
+    None if not even the lowest rate of the search passes.
+    """
     paper = SYSTEMS[name]
     settings = paper.schedulers(target)[scheduler]
     made = paper.system(settings, DATASETS[dataset], ARTIFACT if has_overhead else None)
@@ -58,11 +47,10 @@ def capacity(
 
     def measure(qps: float, seed: int) -> Results:
         workload = recipe(dataset, NUM_REQUESTS, seed).make().at_rate(qps)
-        return _run(made, workload, hopeless(workload, criterion)).results
+        return _run(made, workload, GiveUp(workload, criterion)).results
 
     (found,) = find_capacities(measure, [criterion], search)
-    qps = [each.qps or 0.0 for each in found.seeds]
-    return {"qps": mean(qps), "of_each_seed": qps}
+    return {"qps": found.mean_qps, "of_each_seed": [each.qps for each in found.seeds]}
 
 
 def load_point(
@@ -103,13 +91,15 @@ def _split(paper: PaperSystem, settings: SchedulingSettings, qps: float) -> dict
     return {**_numbers(summarize(done.results)), **idle, "busy": busy}
 
 
-def ablation_point(dataset: str, policy: str, qps: float) -> dict[str, float]:
+def ablation_point(
+    dataset: str, policy: str, qps: float, seeds: range = ABLATION_SEEDS
+) -> dict[str, float]:
     """Yi-34B with 128 requests: median TTFT and P99 TBT, the means over seeds."""
     settings = SchedulingSettings(scheduler=policy, token_budget=512)
     made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset])
     runs = [
         summarize(_run(made, recipe(dataset, ABLATION_REQUESTS, seed).make().at_rate(qps)).results)
-        for seed in ABLATION_SEEDS
+        for seed in seeds
     ]
     return {
         "ttft_p50_s": mean(run.latencies["ttft"]["p50"] for run in runs),

@@ -6,12 +6,12 @@ are known, `arrived_at` in seconds. Others are not looked at.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from stallfree.bench.table_file import read_table
 from stallfree.errors import ConfigError
 
 _PROMPT, _OUTPUT, _TIME = "num_prefill_tokens", "num_decode_tokens", "arrived_at"
@@ -34,20 +34,11 @@ def read_trace(path: Path) -> list[TraceRow]:
         ConfigError: the file cannot be read, holds no requests, lacks a column, or a value is no
             number or below 0; names the line.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            for column in (_PROMPT, _OUTPUT):
-                if column not in columns:
-                    raise ConfigError(f"{path}: there is no column {column}")
-            rows = [_row(path, reader.line_num, row, _TIME in columns) for row in reader]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
-    except csv.Error as error:
-        raise ConfigError(f"{path}: after line {reader.line_num}: {error}") from error
+    columns, table = read_table(path)
+    for column in (_PROMPT, _OUTPUT):
+        if column not in columns:
+            raise ConfigError(f"{path}: there is no column {column}")
+    rows = [_row(path, line, values, _TIME in columns) for line, values in table]
     if not rows:
         raise ConfigError(f"{path} holds no requests")
     return sorted(rows, key=lambda row: row.at_s or 0.0)

@@ -7,11 +7,11 @@ a chunk that begins at `prefill_start` of its prompt, and `decodes` at a mean co
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from stallfree.bench.table_file import read_table
 from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context, fit
 from stallfree.errors import ConfigError
 
@@ -26,27 +26,17 @@ def read_times(path: Path) -> StepTimeModel:
         ConfigError: the file cannot be read, a value is none, or there are too few sizes of
             iterations to fit to.
     """
+    columns, table = read_table(path)
+    known, given = {_SECONDS, *_COUNTS}, set(columns)
+    if _SECONDS not in given or not given & {"prefill_tokens", "decodes"}:
+        raise ConfigError(
+            f"{path}: there must be a column {_SECONDS}, and prefill_tokens or decodes"
+        )
+    if given - known:
+        names = ", ".join(sorted(given - known))
+        raise ConfigError(f"{path}: unknown columns {names}; known are {sorted(known)}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            known = {_SECONDS, *_COUNTS}
-            columns = set(reader.fieldnames or ())
-            if _SECONDS not in columns or not columns & {"prefill_tokens", "decodes"}:
-                raise ConfigError(
-                    f"{path}: there must be a column {_SECONDS}, and prefill_tokens or decodes"
-                )
-            if columns - known:
-                names = ", ".join(sorted(columns - known))
-                raise ConfigError(f"{path}: unknown columns {names}; known are {sorted(known)}")
-            samples = [_sample(path, reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
-    except csv.Error as error:
-        raise ConfigError(f"{path}: {error}") from error
-    try:
-        return fit(samples)
+        return fit([_sample(path, line, values) for line, values in table])
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
