@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "paper"))
 
 import ablation
 import sweeps
 from report import write_report
 from step_times import compare, read_points
 
+ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("STALLFREE_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "benchmarks" / "results" / "paper" / "results.json"
 
