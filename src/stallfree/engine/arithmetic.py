@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
 from stallfree.model.int8 import is_supported as is_int8_supported
+from stallfree.model.loading import Arithmetic
 
 _BLOCK_TOKENS = 16  # a block of the KV cache is a multiple of these in int8
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What the model computes in.
-
-    Attributes:
-        dtype: of activations, and of weights unless `int8`.
-        kv_dtype: of the KV cache.
-    """
-
-    int8: bool
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
 
 def choose_arithmetic(settings: EngineSettings, device: torch.device) -> Arithmetic:

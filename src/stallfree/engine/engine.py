@@ -17,10 +17,11 @@ from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.loop import Loop, OneStage
+from stallfree.engine.losses import Losses
 from stallfree.engine.outputs import Delta
 from stallfree.engine.tokenizer import Tokenizer
-from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError
-from stallfree.executor.output import Executor, ExecutorOutput
+from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError, WorkersLostError
+from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
 
 logger = logging.getLogger(__name__)
 first_token_logger = logging.getLogger("stallfree.first_token")
@@ -32,6 +33,7 @@ class Engine:
     Args:
         scheduler: decides each iteration.
         executor: runs it.
+        pipeline: runs several at once, if it can.
         clock: stamps arrivals.
         tokenizer: turns tokens into text.
         facts: what all this was built with.
@@ -39,6 +41,7 @@ class Engine:
         seed: from which requests without a seed draw theirs.
         tiers: targets of requests that have none of their own, by tier.
         admission: who is refused.
+        restarts: whether a pipeline that was lost is begun anew.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Engine:
         seed: int = 0,
         tiers: Mapping[str, Targets] | None = None,
         admission: Admission | None = None,
+        pipeline: WorkerPipeline | None = None,
+        restarts: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -62,7 +67,9 @@ class Engine:
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
         self.admission = admission or Admission()
-        self._loop = Loop(scheduler, OneStage(lambda: self.executor), clock)
+        self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
+        self._workers = pipeline
+        self._losses = Losses() if restarts else None
         self._seed = seed
         self._num_added = 0
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
@@ -211,18 +218,41 @@ class Engine:
         for own_id in list(self._request_ids.get(request_id, ())):
             self._finish(self._completions[own_id], FinishReason.ABORT)
 
+    def close(self) -> None:
+        """End what runs the model, if that is more than this process."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def tend(self) -> None:
+        """Notice, while there are no requests, that what runs the model was lost.
+
+        Raises:
+            WorkersLostError: see `step`.
+        """
+        if self._workers is None:
+            return
+        try:
+            self._workers.tend()
+        except WorkersLostError as error:
+            self._recover(error, ())
+
     def step(self) -> list[Delta]:
-        """Run one iteration and report what it added.
+        """Fill the pipeline, wait for the oldest batch in it, and report what that added.
 
         Raises:
             EngineError: requests wait but none can run, which is a bug.
+            WorkersLostError: the pipeline was lost, and is not to be begun anew, or cannot be.
         """
-        if not self._loop.dispatch() and not self._loop.num_in_flight:
+        while self._loop.dispatch():
+            pass
+        if not self._loop.num_in_flight:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
             return []
         iteration = self._loop.collect()
         batch, error = iteration.batch, iteration.error
+        if isinstance(error, WorkersLostError):
+            return self._recover(error, iteration.lost)
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
             if not isinstance(error, Exception):  # an interrupt
@@ -233,6 +263,16 @@ class Engine:
         deltas = self._report(batch, iteration.output)
         self._loop.observe(iteration)
         return deltas
+
+    def _recover(self, error: WorkersLostError, lost: Sequence[Batch]) -> list[Delta]:
+        """Begin anew with the requests that wait; fail those that were in too many losses."""
+        if self._losses is None or self._workers is None:
+            raise error
+        logger.error("the workers are started anew: %s", error)
+        self._workers.restart()
+        message = f"the workers that ran this request were lost again and again: {error}"
+        own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
+        return [self._failure(each, message) for each in own if each is not None]
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.core.policies import POLICIES
-from stallfree.engine.flags import Flag, check_choice, check_range, check_types, parse_bytes
+from stallfree.engine.flags import (
+    Flag,
+    check_choice,
+    check_range,
+    check_types,
+    parse_bytes,
+    parse_duration,
+)
 from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.errors import ConfigError
 
@@ -22,6 +29,7 @@ API_KEY_VARIABLE = "STALLFREE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
+MAX_PROCESSES = 1024
 MAX_PORT = 65_535
 MAX_SEED = 2**63 - 1
 LONG_TBT_SLO_S = 10.0  # beyond, it is probably meant in milliseconds
@@ -97,8 +105,49 @@ class EngineSettings(SchedulingSettings):
     ] = "auto"
     threads: Annotated[
         int | None,
-        Flag("CPU threads of the model.", "THREADS", unset="one for each core"),
+        Flag(
+            "CPU threads of the model, in each of its processes.",
+            "THREADS",
+            unset="one for each core",
+        ),
     ] = None
+    pipeline_parallel_size: Annotated[
+        int,
+        Flag(
+            "Processes that the layers are split over, each with some of them. As many batches are "
+            "in flight.",
+            "STAGES",
+            panel="Several processes",
+        ),
+    ] = 1
+    sequence_pipelining: Annotated[
+        bool,
+        Flag(
+            "Let consecutive chunks of one prompt be in different stages at once, which shortens "
+            "the time to its first token.",
+            "",
+            panel="Several processes",
+        ),
+    ] = True
+    restart_workers: Annotated[
+        bool,
+        Flag(
+            "Start processes of the model anew when one is lost, and compute again what they held. "
+            "Otherwise the server ends.",
+            "",
+            panel="Several processes",
+        ),
+    ] = False
+    worker_timeout_s: Annotated[
+        float,
+        Flag(
+            "How long a batch may take before a process that does not answer counts as lost.",
+            "TIME",
+            name="worker_timeout",
+            parse=parse_duration,
+            panel="Several processes",
+        ),
+    ] = 60.0
     seed: Annotated[
         int,
         Flag("Seeds the requests that bring no seed of their own.", "SEED"),
@@ -118,15 +167,28 @@ class EngineSettings(SchedulingSettings):
         check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         check_range("threads", self.threads, 1)
+        check_range("pipeline_parallel_size", self.pipeline_parallel_size, 1, MAX_PROCESSES)
+        check_range("worker_timeout_s", self.worker_timeout_s, 1)
         check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
+
+    @property
+    def num_processes(self) -> int:
+        """That the model runs in."""
+        return self.pipeline_parallel_size
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of each process of the model."""
+        return self.threads or max(1, available_cpus() // self.num_processes)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is allowed but probably not meant, one sentence each."""
         cpus = available_cpus()
         notes = []
-        if self.threads is not None and self.threads > cpus:
-            notes.append(f"threads is {self.threads}, more than the {cpus} CPUs here")
+        if self.num_processes > cpus or self.threads_each > cpus // self.num_processes:
+            each = f" in each of {self.num_processes} processes" if self.num_processes > 1 else ""
+            notes.append(f"threads is {self.threads_each}{each}, more than the {cpus} CPUs here")
         if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
             notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")
         if self.tbt_slo_s is not None and self.tbt_slo_s > LONG_TBT_SLO_S:

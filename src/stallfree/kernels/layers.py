@@ -341,8 +341,9 @@ def _run_layer(team, base, layer, layers, job):
 
 @compiled
 def _run(thread, threads, table, layers, job):
-    team = Team(thread, threads)
-    base = _embed(team, 0, table, job)
+    team, base = Team(thread, threads), 0
+    if table.scales.size:
+        base = _embed(team, base, table, job)
     for layer in range(layers.windows.size):
         base = _run_layer(team, base, layer, layers, job)
 
@@ -353,7 +354,8 @@ def run(threads, table, layers, job):
 
     Args:
         threads: that share the work.
-        table: the embedding, a `Product` of one matrix.
+        table: the embedding, a `Product` of one matrix; if it is empty, the hidden states that
+            the layers start from are in `job.scratch` already.
         layers: `Layers`.
         job: `Job`.
     """

@@ -18,6 +18,7 @@ from stallfree.model.config import ModelConfig
 from stallfree.model.kv_cache import KVCache
 from stallfree.model.linear import Linear, keeps_copy, make_linear
 from stallfree.model.model_input import ModelInput
+from stallfree.model.part import ModelPart, whole
 from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weight_reader import WeightReader, names_of_layer
 from stallfree.model.weights import WeightSource
@@ -55,14 +56,18 @@ class _Placed:
 
 
 class Decoder:
-    """A model with its weights.
+    """A model, or one stage of a pipeline, with its weights.
 
     Args:
-        config: its shape.
-        weights: read one tensor at a time, so that nothing is in memory twice.
+        config: the shape of the whole model.
+        weights: of the whole model, read one tensor at a time, so that nothing is in memory twice.
         max_positions: longest context in tokens, for rope scalings that depend on it.
         dtype, device: of the weights and the computation.
+        part: that is loaded and run.
         on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Attributes:
+        config: the shape of the part.
 
     Raises:
         WeightFileError: a weight is missing, has another shape or type than the configuration
@@ -77,28 +82,35 @@ class Decoder:
         max_positions: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        part: ModelPart | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
-        self.config = config
+        self.part = part = part or whole(config)
+        self._reader = WeightReader(config, weights, part)
+        self.config = config = part.local(config)
         self.dtype = dtype
         self.device = torch.device(device)
         self.weight_bytes = 0
-        self._reader = WeightReader(config, weights)
         self._rope = Rope(config, max_positions, device)
         shape = (config.vocab_size, config.hidden_size)
-        self._embedding = self._tensor("model.embed_tokens.weight", shape)
+        embedding = "model.embed_tokens.weight"
+        if part.is_first:
+            self._embedding = self._tensor(embedding, shape)
         self._layers = []
-        for layer in range(config.num_layers):
+        for layer in part.layers:
             self._layers.append(self._load_layer(layer))
             if on_layer is not None:
                 on_layer(layer)
-        self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        output = self._embedding
-        if not config.tie_embeddings:
-            output = self._tensor("lm_head.weight", shape)
-        elif keeps_copy(output):
-            self.weight_bytes += output.nbytes
-        self._lm_head = make_linear(output)
+        if part.is_last:
+            self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
+            if not config.tie_embeddings:
+                output = self._tensor("lm_head.weight", shape)
+            elif not part.is_first:
+                output = self._tensor(embedding, shape)
+            else:
+                output = self._embedding
+                self.weight_bytes += output.nbytes if keeps_copy(output) else 0
+            self._lm_head = make_linear(output)
         self._reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
         self.num_parameters = self._reader.num_parameters
         del self._reader
@@ -142,15 +154,28 @@ class Decoder:
         self.weight_bytes += placed.nbytes
         return placed
 
-    def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
+    def new_hidden(self, rows: int) -> torch.Tensor:
+        """Memory for hidden states (rows, hidden), as `forward` takes them."""
+        shape = (rows, self.config.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self, batch: ModelInput, cache: KVCache, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
 
+        Args:
+            batch: T rows.
+            cache: of this part.
+            hidden: (T, hidden), what the stage before returned; for the first one, None.
+
         Returns:
-            The last hidden states (T, hidden), for `logits`.
+            The last hidden states (T, hidden), for `logits` or the next stage.
         """
         placed = self._place(batch, cache.block_size)
-        token_ids = torch.tensor(batch.token_ids, device=self.device)
-        hidden = F.embedding(token_ids, self._embedding)  # (T, hidden)
+        if hidden is None:
+            token_ids = torch.tensor(batch.token_ids, device=self.device)
+            hidden = F.embedding(token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
             attended = self._attention(index, layer, hidden, placed, cache)
             hidden = hidden + layer.output(attended)

@@ -21,6 +21,7 @@ from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
 from stallfree.model.model_input import ModelInput, Rows
+from stallfree.model.part import ModelPart, whole
 from stallfree.model.rope import Rope
 from stallfree.model.weight_reader import WeightReader, names_of_layer
 from stallfree.model.weights import WeightSource
@@ -54,15 +55,19 @@ class Int8KVCache:
 
 
 class Int8Decoder:
-    """A model with its weights in int8.
+    """A model, or one stage of a pipeline, with its weights in int8.
 
     Args:
-        config: its shape.
-        weights: matrices in int8 (see `int8_cache`).
+        config: the shape of the whole model.
+        weights: of the whole model, matrices in int8 (see `int8_cache`).
         max_positions: longest context in tokens, for rope scalings that depend on it.
         threads: that run it.
         kv_dtype: of the KV cache, float32 or float16.
+        part: that is loaded and run.
         on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Attributes:
+        config: the shape of the part.
 
     Raises:
         WeightFileError: a weight is missing, has another shape or type than the configuration
@@ -79,22 +84,29 @@ class Int8Decoder:
         max_positions: int,
         threads: int,
         kv_dtype: torch.dtype = torch.float16,
+        part: ModelPart | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         if not is_supported():
             raise RuntimeError("the int8 kernels do not run on this machine")
-        self.config = config
+        self.part = part = part or whole(config)
+        reader = WeightReader(config, weights, part)
+        self.config = config = part.local(config)
         self.kv_dtype = kv_dtype
         self._threads = threads
         self._rope = Rope(config, max_positions)
-        reader = WeightReader(config, weights)
         loader = _Loader(config, reader, threads)
-        self._table = loader.single("model.embed_tokens.weight")
-        self._layers = loader.all_layers(on_layer)
-        self._norm = loader.norm("model.norm.weight")
-        self._head = self._table
-        if not config.tie_embeddings:
-            self._head = loader.single("lm_head.weight")
+        embedding = "model.embed_tokens.weight"
+        self._table = self._head = loader.nothing()
+        if part.is_first:
+            self._table = loader.single(embedding)
+        self._layers = loader.all_layers(part.layers, on_layer)
+        if part.is_last:
+            self._norm = loader.norm("model.norm.weight")
+            if config.tie_embeddings:
+                self._head = self._table if part.is_first else loader.single(embedding)
+            else:
+                self._head = loader.single("lm_head.weight")
         reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
@@ -122,26 +134,42 @@ class Int8Decoder:
     def compile(self) -> None:
         """Make the machine code of the kernels, or read it from the cache: nothing waits later."""
         cache = self.make_cache(1, LANES)
-        hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache)
-        self.logits(hidden)
+        hidden = None if self.part.is_first else self.new_hidden(1).zero_()
+        hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache, hidden)
+        if self.part.is_last:
+            self.logits(hidden)
 
     def make_cache(self, num_blocks: int, block_size: int) -> Int8KVCache:
         """A KV cache for this model."""
         return Int8KVCache(self.config, num_blocks, block_size, self.kv_dtype)
 
-    def forward(self, batch: ModelInput, cache: Int8KVCache) -> torch.Tensor:
+    def new_hidden(self, rows: int) -> torch.Tensor:
+        """Memory for hidden states float32 (rows, padded hidden), as `forward` takes them."""
+        return torch.empty(rows, self._shape.width)
+
+    def forward(
+        self, batch: ModelInput, cache: Int8KVCache, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
 
+        Args:
+            batch: T rows.
+            cache: of this part.
+            hidden: (T, padded hidden), what the stage before returned; for the first one, None.
+
         Returns:
-            The last hidden states (T, padded hidden), for `logits`; the next call overwrites them.
+            The last hidden states (T, padded hidden), for `logits` or the next stage; the next
+            call overwrites them.
         """
         work, num_parts = self._plan(batch, cache.block_size)
         rows = len(batch.token_ids)
         self._reserve(rows, num_parts)
         job = shapes.Job(self._shape, cache.arrays(), work, self._scratch)
+        states = self._scratch.hidden[: rows * self._shape.width]
+        if hidden is not None:
+            states[:] = hidden.reshape(-1).numpy()
         layers.run(self._threads, self._table, self._layers, job)
-        hidden = self._scratch.hidden[: rows * self._shape.width]
-        return torch.from_numpy(hidden.reshape(rows, self._shape.width))
+        return torch.from_numpy(states.reshape(rows, self._shape.width))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 (R, V) of rows (R, padded hidden) of what `forward` returned.
@@ -279,14 +307,19 @@ class _Loader:
         self._put(made, 0, values, scales)
         return shapes.Product(*(array[0] for array in made))
 
+    def nothing(self) -> shapes.Product:
+        """In place of an embedding or an output layer that another stage has."""
+        made = self._empty(1, 0, self._width, has_bias=False)
+        return shapes.Product(*(array[0] for array in made))
+
     def norm(self, name: str) -> np.ndarray:
         """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
         weight = self._reader.floats(name, (self._config.hidden_size,)).float()
         self.num_bytes += weight.nbytes
         return np.asarray(_pad(weight, self._width).clone())
 
-    def all_layers(self, on_layer: Callable[[int], None] | None) -> shapes.Layers:
-        """All layers."""
+    def all_layers(self, indices: range, on_layer: Callable[[int], None] | None) -> shapes.Layers:
+        """The layers of these indices in the whole model."""
         config = self._config
         heads = config.num_heads * config.head_dim
         kv_heads = 2 * config.num_kv_heads * config.head_dim
@@ -296,8 +329,8 @@ class _Loader:
         gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
         down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
         norms: dict[str, list[np.ndarray]] = {"input": [], "q": [], "k": [], "mlp": []}
-        for layer in range(count):
-            names = names_of_layer(config, layer)
+        for layer, index in enumerate(indices):
+            names = names_of_layer(config, index)
             norms["input"].append(self.norm(names.input_norm))
             norms["mlp"].append(self.norm(names.mlp_norm))
             for kind, name in (("q", names.q_norm), ("k", names.k_norm)):
@@ -309,7 +342,7 @@ class _Loader:
             )
             self._fill(down, layer, names.down, config.intermediate_size, config.mlp_bias)
             if on_layer is not None:
-                on_layer(layer)
+                on_layer(index)
         return shapes.Layers(
             input_norm=np.stack(norms["input"]),
             qkv=qkv,

@@ -8,6 +8,7 @@ import torch
 
 from stallfree.errors import WeightFileError
 from stallfree.model.config import ModelConfig
+from stallfree.model.part import ModelPart
 from stallfree.model.weights import WeightSource
 
 SCALES = ".scales"  # added to the name of an int8 tensor, names the scales of its rows
@@ -55,14 +56,19 @@ def names_of_layer(config: ModelConfig, layer: int) -> LayerNames:
 class WeightReader:
     """Reads weights one by one, checks their shapes, and knows which were never asked for.
 
+    Args:
+        config: of the whole model.
+        weights: of the whole model.
+        part: that is read; what belongs elsewhere may be left unread.
+
     Attributes:
         num_parameters: numbers read so far, scales aside.
     """
 
-    def __init__(self, config: ModelConfig, weights: WeightSource) -> None:
+    def __init__(self, config: ModelConfig, weights: WeightSource, part: ModelPart) -> None:
         self._architecture = config.architecture
         self._weights = weights
-        self._unread = set(weights.names())
+        self._unread = {name for name in weights.names() if part.owns(name)}
         self.num_parameters = 0
 
     def floats(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
