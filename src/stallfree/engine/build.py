@@ -14,7 +14,7 @@ from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
 from stallfree.core.policies import POLICIES
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.step_time import StepTimePredictor
-from stallfree.engine.arithmetic import Arithmetic, choose_arithmetic
+from stallfree.engine.arithmetic import Arithmetic, arithmetic_for, choose_arithmetic
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
@@ -50,9 +50,10 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     torch.set_num_threads(threads)
     device = _device(settings.device)
     arithmetic = choose_arithmetic(settings, device)
-    kind = "int8" if arithmetic.int8 else device.type
     source = open_model(settings.model, settings.revision)
     config = ModelConfig.from_hf(source.hf_config)
+    arithmetic = arithmetic_for(config, arithmetic, settings, device)
+    kind = "int8" if arithmetic.int8 else device.type
     tokenizer = load_tokenizer(source)
     context = _context(settings, config)
     decoder = _load(config, source, context, arithmetic, device, threads, show_progress)

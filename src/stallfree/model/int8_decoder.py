@@ -20,9 +20,10 @@ from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
+from stallfree.model.layer_weights import NormWeights, Projection, final_norm, layer_weights
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.rope import Rope
-from stallfree.model.weight_reader import WeightReader, names_of_layer
+from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
 _HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
@@ -89,13 +90,12 @@ class Int8Decoder:
         self._rope = Rope(config, max_positions)
         reader = WeightReader(config, weights)
         loader = _Loader(config, reader, threads)
-        self._table = loader.single("model.embed_tokens.weight")
+        head = f"{config.names.head}.weight"
+        self._table = loader.single(f"{config.names.embedding}.weight")
         self._layers = loader.all_layers(on_layer)
-        self._norm = loader.norm("model.norm.weight")
-        self._head = self._table
-        if not config.tie_embeddings:
-            self._head = loader.single("lm_head.weight")
-        reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
+        self._norm = loader.norm(final_norm(config))
+        self._head = self._table if config.tie_embeddings else loader.single(head)
+        reader.finish(unused=head if config.tie_embeddings else None)
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
         self._shape = shapes.Shape(
@@ -105,8 +105,8 @@ class Int8Decoder:
             kv_heads=config.num_kv_heads,
             depth=config.head_dim,
             head_width=padded(config.head_dim, LANES),
-            epsilon=np.float32(config.rms_norm_eps),
-            query_scale=np.float32(math.log2(math.e) / math.sqrt(config.head_dim)),
+            epsilon=np.float32(config.norm_eps),
+            query_scale=np.float32(math.log2(math.e) * config.query_scale),
         )
         self._scratch = self._make_scratch(_FIRST_ROWS, 0)
         self._logits = np.empty((0, 0), dtype=np.float32)
@@ -279,9 +279,9 @@ class _Loader:
         self._put(made, 0, values, scales)
         return shapes.Product(*(array[0] for array in made))
 
-    def norm(self, name: str) -> np.ndarray:
+    def norm(self, norm: NormWeights) -> np.ndarray:
         """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
-        weight = self._reader.floats(name, (self._config.hidden_size,)).float()
+        weight = self._reader.floats(f"{norm.name}.weight", (norm.size,)).float()
         self.num_bytes += weight.nbytes
         return np.asarray(_pad(weight, self._width).clone())
 
@@ -297,17 +297,16 @@ class _Loader:
         down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
         norms: dict[str, list[np.ndarray]] = {"input": [], "q": [], "k": [], "mlp": []}
         for layer in range(count):
-            names = names_of_layer(config, layer)
-            norms["input"].append(self.norm(names.input_norm))
-            norms["mlp"].append(self.norm(names.mlp_norm))
-            for kind, name in (("q", names.q_norm), ("k", names.k_norm)):
-                norms[kind].append(self._head_norm(name))
-            self._fill(qkv, layer, names.qkv, config.hidden_size, config.qkv_bias)
-            self._fill(output, layer, names.output, heads, config.output_bias)
-            self._fill(
-                gate_up, layer, names.gate_up, config.hidden_size, config.mlp_bias, _interleave
-            )
-            self._fill(down, layer, names.down, config.intermediate_size, config.mlp_bias)
+            weights = layer_weights(config, layer)
+            mlp = weights.mlps[0]
+            norms["input"].append(self.norm(weights.input_norm))
+            norms["mlp"].append(self.norm(weights.mlp_norm or weights.input_norm))
+            norms["q"].append(self._head_norm(weights.q_norm))
+            norms["k"].append(self._head_norm(weights.k_norm))
+            self._fill(qkv, layer, [weights.q, weights.k, weights.v])
+            self._fill(output, layer, [weights.output])
+            self._fill(gate_up, layer, mlp.projections[:-1], _interleave)
+            self._fill(down, layer, [mlp.down])
             if on_layer is not None:
                 on_layer(layer)
         return shapes.Layers(
@@ -322,10 +321,10 @@ class _Loader:
             windows=np.array([window or 0 for window in config.sliding_windows], dtype=np.int64),
         )
 
-    def _head_norm(self, name: str) -> np.ndarray:
-        if not self._config.qk_norm:
+    def _head_norm(self, norm: NormWeights | None) -> np.ndarray:
+        if norm is None:
             return np.empty(0, dtype=np.float32)
-        return np.asarray(self._reader.floats(name, (self._config.head_dim,)).float())
+        return np.asarray(self._reader.floats(f"{norm.name}.weight", (norm.size,)).float())
 
     def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
         if inputs > MAX_INPUTS:
@@ -347,18 +346,17 @@ class _Loader:
         self,
         product: shapes.Product,
         layer: int,
-        sizes: dict[str, int],
-        inputs: int,
-        has_bias: bool,
+        projections: list[Projection],
         arrange: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
     ) -> None:
         """Read the projections of one layer's product; `arrange` makes one tensor of theirs."""
-        read = [self._reader.int8(f"{n}.weight", (size, inputs)) for n, size in sizes.items()]
+        read = [
+            self._reader.int8(f"{each.name}.weight", (each.outputs, each.inputs))
+            for each in projections
+        ]
         bias = None
-        if has_bias:
-            bias = arrange(
-                [self._reader.floats(f"{n}.bias", (size,)).float() for n, size in sizes.items()]
-            )
+        if projections[0].has_bias:
+            bias = arrange([self._reader.bias(each).float() for each in projections])
         values, scales = (arrange([each[i] for each in read]) for i in (0, 1))
         self._put(product, layer, values, scales, bias)
 
