@@ -66,6 +66,42 @@ def test_stages_give_what_one_process_gives(tmp_path: Path, dtype: str, stages: 
     assert given[3].prompt_logprobs == expected[3].prompt_logprobs
 
 
+@pytest.mark.parametrize(("shares", "stages"), [(2, 1), (2, 2), (4, 1)])
+def test_shares_give_what_one_process_gives(tmp_path: Path, shares: int, stages: int) -> None:
+    settings = tiny_settings(tmp_path)  # two key heads: four shares have two of each
+    with running(settings) as one:
+        expected = one.generate(PROMPTS, MIXED)
+    sizes = {"tensor_parallel_size": shares, "pipeline_parallel_size": stages}
+    with running(settings, **sizes) as several:
+        given = several.generate(PROMPTS, MIXED)
+        assert several.engine.facts.num_parameters == one.engine.facts.num_parameters
+    assert [each.outputs[0].token_ids for each in given] == [
+        each.outputs[0].token_ids for each in expected
+    ]
+    ours, theirs = given[3].prompt_logprobs, expected[3].prompt_logprobs
+    assert ours is not None
+    assert theirs is not None
+    for mine, its in zip(ours[1:], theirs[1:], strict=True):
+        assert mine is not None
+        assert its is not None
+        assert mine.logprob == pytest.approx(its.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"tensor_parallel_size": 3}, "4 query heads"),
+        ({"tensor_parallel_size": 2, "dtype": "int8"}, "int8 is not implemented for tensor_par"),
+        ({"pipeline_parallel_size": 9}, "pipeline_parallel_size is 9; the model has 2 layers"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    tmp_path: Path, sizes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        LLM.from_settings(replace(tiny_settings(tmp_path), **sizes))
+
+
 @pytest.mark.parametrize("policy", ["sarathi", "vllm", "orca", "faster_transformer"])
 def test_preemption_and_aborts_change_no_token(tmp_path: Path, policy: str) -> None:
     settings = replace(tiny_settings(tmp_path), scheduler=policy, token_budget=None)
@@ -158,11 +194,6 @@ def test_an_idle_loss_is_noticed(tmp_path: Path) -> None:
         os.kill(workers(two)[0].pid, signal.SIGKILL)
         with pytest.raises(WorkersLostError, match="rank 0"):
             until(two.engine.tend)
-
-
-def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pipeline_parallel_size is 9; the model has 2 layers"):
-        LLM.from_settings(replace(tiny_settings(tmp_path), pipeline_parallel_size=9))
 
 
 def test_a_process_that_cannot_start_says_why(

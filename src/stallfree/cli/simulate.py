@@ -106,7 +106,7 @@ def _print_replicas(console: Console, done: Simulation) -> None:
     from rich import box
     from rich.table import Table
 
-    from stallfree.sim.pipeline import Bubble
+    from stallfree.core.bubbles import Bubble
 
     is_split = any(replica.pipeline.num_stages > 1 for replica in done.replicas)
     kinds = list(Bubble) if is_split else [Bubble.NO_WORK]

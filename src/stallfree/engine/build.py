@@ -12,7 +12,7 @@ from stallfree.core.budget import SloBudget, StaticBudget, TokenBudget
 from stallfree.core.policies import POLICIES
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.step_time import StepTimePredictor
-from stallfree.engine.arithmetic import choose_arithmetic
+from stallfree.engine.arithmetic import arithmetic_for, choose_arithmetic
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
@@ -48,9 +48,10 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     torch.set_num_threads(settings.threads_each)
     device = _device(settings.device)
     arithmetic = choose_arithmetic(settings, device)
-    kind = "int8" if arithmetic.int8 else device.type
     source = open_model(settings.model, settings.revision)
     config = ModelConfig.from_hf(source.hf_config)
+    arithmetic = arithmetic_for(config, arithmetic, settings, device)
+    kind = "int8" if arithmetic.int8 else device.type
     tokenizer = load_tokenizer(source)
     context = _context(settings, config)
     computation = Computation(arithmetic, str(device), settings.threads_each, context)
@@ -68,6 +69,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         dtype=arithmetic.name,
         device=str(device),
         threads=settings.threads_each,
+        tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,
         weight_bytes=model.footprint.weight_bytes,
         kv_cache_bytes=pool.num_tokens * token_bytes,

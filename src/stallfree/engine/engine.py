@@ -245,6 +245,7 @@ class Engine:
         """
         while self._loop.dispatch():
             pass
+        self._note_room()
         if not self._loop.num_in_flight:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
@@ -261,8 +262,16 @@ class Engine:
             logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
             return self._fail(batch, error)
         deltas = self._report(batch, iteration.output)
+        if not self.has_requests:
+            self._note_room()
         self._loop.observe(iteration)
         return deltas
+
+    def _note_room(self) -> None:
+        """Tell the pipeline, if it has room for a batch, that there is none."""
+        loop = self._loop
+        if self._workers is not None and loop.num_in_flight < loop.pipeline.num_stages:
+            self._workers.starve()
 
     def _recover(self, error: WorkersLostError, lost: Sequence[Batch]) -> list[Delta]:
         """Begin anew with the requests that wait; fail those that were in too many losses."""

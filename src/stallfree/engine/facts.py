@@ -12,6 +12,7 @@ class EngineFacts:
     Attributes:
         vocab_size: token ids from 0 up to this are accepted.
         threads: of the CPU, in each process of the model.
+        tensor_parallel_size: processes that share each layer's matrices.
         pipeline_parallel_size: processes that the layers are split over.
         weight_bytes, kv_cache_bytes: memory taken, in all processes.
         kv_cache_tokens: tokens that the KV cache holds.
@@ -30,6 +31,7 @@ class EngineFacts:
     dtype: str
     device: str
     threads: int
+    tensor_parallel_size: int
     pipeline_parallel_size: int
     weight_bytes: int
     kv_cache_bytes: int

@@ -14,13 +14,14 @@ from stallfree.errors import ConfigError
 from stallfree.executor.distributed import DistributedPipeline
 from stallfree.executor.launch import LocalProcess
 from stallfree.executor.messages import WorkerSpec
+from stallfree.executor.stage_log import StageLog
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
 from stallfree.model.int8_cache import int8_weights
 from stallfree.model.int8_decoder import Int8Decoder
 from stallfree.model.loading import Computation, Footprint, compile_kernels, load_decoder
-from stallfree.model.part import ModelPart, balanced_layers, stages
+from stallfree.model.part import ModelPart, balanced_layers, parts_of
 from stallfree.model.source import ModelSource
 from stallfree.model.weights import WeightSource
 
@@ -145,8 +146,8 @@ def _start_processes(
             rank=rank,
             world_size=len(parts),
             part=part,
-            previous=None if part.is_first else rank - 1,
-            following=None if part.is_last else rank + 1,
+            previous=None if part.is_first else rank - part.tp_size,
+            following=None if part.is_last else rank + part.tp_size,
             model=str(source.path),
             computation=computation,
             store=(_LOCALHOST, 0),
@@ -156,20 +157,26 @@ def _start_processes(
     ]
     bar.add_task(f"starting {len(specs)} processes of {source.name}", total=None)
     pipeline = DistributedPipeline(
-        specs, LocalProcess, host=_LOCALHOST, timeout_s=settings.worker_timeout_s
+        specs,
+        LocalProcess,
+        host=_LOCALHOST,
+        timeout_s=settings.worker_timeout_s,
+        log=StageLog(settings.pipeline_parallel_size, settings.trace_file),
     )
     return _InProcesses(pipeline)
 
 
 def _parts(settings: EngineSettings, config: ModelConfig, tokens: int) -> list[ModelPart]:
-    """What each process holds."""
+    """What each process holds, by rank."""
     num_stages = settings.pipeline_parallel_size
     if num_stages > config.num_layers:
         raise ConfigError(
             f"pipeline_parallel_size is {num_stages}; the model has {config.num_layers} layers"
         )
     sampled = max(1, tokens // _DECODES_SHARE)
-    return stages(balanced_layers(config, num_stages, rows=tokens, sampled_rows=sampled))
+    layers = balanced_layers(config, num_stages, rows=tokens, sampled_rows=sampled)
+    stages = parts_of(config, layers, settings.tensor_parallel_size)
+    return [part for stage in stages for part in stage]
 
 
 def _rounded(source: ModelSource, bar: Progress) -> WeightSource:

@@ -111,6 +111,14 @@ class EngineSettings(SchedulingSettings):
             unset="one for each core",
         ),
     ] = None
+    tensor_parallel_size: Annotated[
+        int,
+        Flag(
+            "Processes that share each layer's matrices. On a CPU they need --dtype float32.",
+            "SHARES",
+            panel="Several processes",
+        ),
+    ] = 1
     pipeline_parallel_size: Annotated[
         int,
         Flag(
@@ -138,6 +146,16 @@ class EngineSettings(SchedulingSettings):
             panel="Several processes",
         ),
     ] = False
+    trace_file: Annotated[
+        Path | None,
+        Flag(
+            "Write when each stage ran which batch, and why it idled, as Chrome's trace events: "
+            "open it in Perfetto or chrome://tracing.",
+            "FILE",
+            unset="nothing is written",
+            panel="Several processes",
+        ),
+    ] = None
     worker_timeout_s: Annotated[
         float,
         Flag(
@@ -167,14 +185,20 @@ class EngineSettings(SchedulingSettings):
         check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         check_range("threads", self.threads, 1)
+        check_range("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_PROCESSES)
         check_range("pipeline_parallel_size", self.pipeline_parallel_size, 1, MAX_PROCESSES)
         check_range("worker_timeout_s", self.worker_timeout_s, 1)
+        if self.trace_file is not None and self.num_processes == 1:
+            raise ConfigError(
+                f"trace_file is {self.trace_file}, but there is one process, which is never idle "
+                "while there is work: give pipeline_parallel_size too"
+            )
         check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
 
     @property
     def num_processes(self) -> int:
         """That the model runs in."""
-        return self.pipeline_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def threads_each(self) -> int:

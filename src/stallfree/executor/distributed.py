@@ -25,6 +25,7 @@ from stallfree.errors import ExecutorError, WorkersLostError
 from stallfree.executor.launch import WorkerProcess
 from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
 from stallfree.executor.output import ExecutorOutput
+from stallfree.executor.stage_log import StageLog
 from stallfree.executor.step import step_of
 from stallfree.model.loading import Footprint
 
@@ -62,7 +63,7 @@ class DistributedPipeline:
         launch: starts one.
         host: where workers reach this machine.
         timeout_s: how long a batch may take before its workers count as lost.
-        on_done: told of each batch that went through a worker: its rank and what it said.
+        log: told of each batch that went through a stage.
 
     Raises:
         WorkersLostError: some did not start; says which, and why.
@@ -75,13 +76,13 @@ class DistributedPipeline:
         *,
         host: str,
         timeout_s: float,
-        on_done: Callable[[int, Done], None] | None = None,
+        log: StageLog,
     ) -> None:
         self._specs = list(specs)
         self._launch = launch
         self._host = host
         self._timeout_s = timeout_s
-        self._on_done = on_done
+        self.log = log
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
         self._workers: list[WorkerProcess] = []
@@ -113,6 +114,7 @@ class DistributedPipeline:
 
     def submit(self, batch: Batch) -> None:
         """Send a batch through the stages."""
+        self.log.submitted(self._num_submitted, batch, time.monotonic())
         self._in_flight.append(self._num_submitted)
         self._tell_all(Run(self._num_submitted, step_of(batch)))
         self._num_submitted += 1
@@ -141,6 +143,10 @@ class DistributedPipeline:
         self.submit(batch)
         return self.collect()
 
+    def starve(self) -> None:
+        """Note that there is room for a batch, but nothing to run."""
+        self.log.starved(time.monotonic())
+
     def tend(self) -> None:
         """Notice, while no batch is in flight, that a worker has ended.
 
@@ -155,13 +161,17 @@ class DistributedPipeline:
         Raises:
             WorkersLostError: some did not start.
         """
-        self.close()
+        self._end_workers()
         self._start()
         if self._make_cache is not None:
             self.make_cache(self._make_cache.num_blocks, self._make_cache.block_size)
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, and what is written of them."""
+        self._end_workers()
+        self.log.close()
+
+    def _end_workers(self) -> None:
         for outbox in self._outboxes:
             outbox.put(None)
         for worker in self._workers:
@@ -170,6 +180,7 @@ class DistributedPipeline:
 
     def _start(self) -> Footprint:
         self._num_submitted = 0
+        self.log.restarted()
         self._in_flight: deque[int] = deque()
         self._num_done = dict.fromkeys((spec.rank for spec in self._specs), 0)
         self._broken: str | None = None  # what one said that could not reach another
@@ -185,7 +196,7 @@ class DistributedPipeline:
                 self._outboxes.append(_Outbox(worker.connection))
             footprints = [each.footprint for each in self._hear_all(Loaded).values()]
         except BaseException:
-            self.close()
+            self._end_workers()
             raise
         return Footprint(
             sum(each.num_parameters for each in footprints),
@@ -256,8 +267,9 @@ class DistributedPipeline:
             self._errors.setdefault(done.step_id, {})[rank] = done.error
         if rank == self._last:
             self._outputs[done.step_id] = done.output
-        if self._on_done is not None:
-            self._on_done(rank, done)
+        part = self._specs[rank].part
+        if part.tp_rank == 0:
+            self.log.ran(rank // part.tp_size, done.step_id, done.started_s, done.ended_s)
 
     def _silent(self, step_id: int) -> str:
         """Who holds up a batch: the first of those that it has not gone through."""
@@ -266,5 +278,5 @@ class DistributedPipeline:
 
     def _lost(self, message: str) -> WorkersLostError:
         """End what is left of the workers: they cannot run without each other."""
-        self.close()
+        self._end_workers()
         return WorkersLostError(message)

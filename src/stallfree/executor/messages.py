@@ -40,8 +40,10 @@ class WorkerSpec:
     @property
     def name(self) -> str:
         """For people."""
-        layers = self.part.layers
-        return f"rank {self.rank} (layers {layers.start} to {layers.stop - 1})"
+        layers, share = self.part.layers, ""
+        if self.part.tp_size > 1:
+            share = f", share {self.part.tp_rank + 1} of {self.part.tp_size}"
+        return f"rank {self.rank} (layers {layers.start} to {layers.stop - 1}{share})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,10 @@ class Pipeline(Protocol):
 class WorkerPipeline(Pipeline, Protocol):
     """A pipeline of processes, which can be lost."""
 
+    def starve(self) -> None:
+        """Note that there is room for a batch, but nothing to run."""
+        ...
+
     def tend(self) -> None:
         """Notice a loss while no batch is in flight.
 

@@ -29,6 +29,7 @@ from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_cache import int8_weights
 from stallfree.model.loading import Footprint, compile_kernels, load_decoder
+from stallfree.model.peers import Alone, GroupPeers, LostContactError, Peers, contact
 from stallfree.model.source import open_model
 
 _TAGS = 1 << 15  # of messages between stages, by the step they belong to
@@ -39,7 +40,7 @@ def main(connection: Connection) -> None:
     try:
         _Worker(connection, connection.recv()).run()
     except BaseException as error:
-        by_others = isinstance(error, _LostContactError)
+        by_others = isinstance(error, LostContactError)
         with suppress(OSError):
             connection.send(Crashed(traceback.format_exc(), by_others))
         if by_others:
@@ -58,20 +59,9 @@ class _Arrived:
     def wait(self) -> torch.Tensor | None:
         """The hidden states; None for the first stage."""
         if self.transfer is not None:
-            _wait(self.transfer)
+            with contact():
+                self.transfer.wait()
         return self.hidden
-
-
-class _LostContactError(Exception):
-    """Another worker does not answer."""
-
-
-def _wait(transfer: Any) -> None:
-    """Wait for what another worker sends or takes."""
-    try:
-        transfer.wait()
-    except RuntimeError as error:
-        raise _LostContactError(str(error)) from error
 
 
 class _Worker:
@@ -79,6 +69,7 @@ class _Worker:
         self._connection, self._spec = connection, spec
         self._arrived: queue.SimpleQueue[_Arrived | MakeCache] = queue.SimpleQueue()
         self._sent: tuple[Any, torch.Tensor] | None = None  # the last transfer and what it reads
+        self._peers: Peers = Alone()
         self._new_hidden: Callable[[int], torch.Tensor] | None = None
 
     def run(self) -> None:
@@ -91,7 +82,7 @@ class _Worker:
         config, weights = ModelConfig.from_hf(source.hf_config), source.weights
         if spec.computation.arithmetic.int8:
             weights = int8_weights(source.path, weights)
-        decoder = load_decoder(config, weights, spec.computation, spec.part)
+        decoder = load_decoder(config, weights, spec.computation, spec.part, self._peers)
         del source, weights
         compile_kernels(decoder)
         self._new_hidden = decoder.new_hidden
@@ -120,6 +111,11 @@ class _Worker:
         dist.init_process_group(
             backend, store=store, rank=spec.rank, world_size=spec.world_size, timeout=timeout
         )
+        size = spec.part.tp_size
+        for first in range(0, spec.world_size, size):  # all take part in making each group
+            group = dist.new_group(list(range(first, first + size)), timeout=timeout)
+            if size > 1 and first <= spec.rank < first + size:
+                self._peers = GroupPeers(group)
 
     def _read(self) -> None:
         """The reading thread."""
@@ -150,17 +146,24 @@ class _Worker:
             hidden = executor.forward(run.step, received)
             if self._spec.following is None:
                 output = executor.finish(run.step, hidden)
-        except Exception:  # of this batch alone: the next stage is sent what there is
+        except LostContactError:
+            raise
+        except Exception:  # of this batch alone: the next stage is sent zeros
+            if self._spec.part.tp_size > 1:  # its peers wait for it amid their layers
+                raise
             error = traceback.format_exc()
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
+        if self._spec.part.tp_rank > 0:
+            output = None  # its peers have the same
         return Done(run.step_id, started_s, ended_s, output, error)
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""
         if self._sent is not None:
-            _wait(self._sent[0])
+            with contact():
+                self._sent[0].wait()
         assert self._new_hidden is not None, "a batch ran before the weights were there"
         sent = self._new_hidden(len(run.step.input.token_ids))
         sent.copy_(torch.zeros(1) if hidden is None else hidden)

@@ -15,6 +15,7 @@ from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
 from stallfree.model.int8_decoder import Int8Decoder
 from stallfree.model.part import ModelPart
+from stallfree.model.peers import Peers
 from stallfree.model.weights import WeightSource
 
 _COMPILE_TIMEOUT_S = 900.0
@@ -74,6 +75,7 @@ def load_decoder(
     weights: WeightSource,
     computation: Computation,
     part: ModelPart | None = None,
+    peers: Peers | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> Decoder | Int8Decoder:
     """Load a model, or a part of it.
@@ -83,6 +85,7 @@ def load_decoder(
         weights: of the whole model; for int8, those of `int8_cache`.
         computation: how it runs.
         part: None for all.
+        peers: that have the other shares of its layers; in floats only.
         on_layer: called with the index of each layer once it is loaded, for progress.
 
     Raises:
@@ -97,6 +100,7 @@ def load_decoder(
             dtype=arithmetic.dtype,
             device=computation.device,
             part=part,
+            peers=peers,
             on_layer=on_layer,
         )
     return Int8Decoder(

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from stallfree.errors import ConfigError
 from stallfree.model.config import ModelConfig
+from stallfree.model.layer_weights import Projection, Split
 
 _LEAST_ROWS = 4
 _LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -14,18 +16,22 @@ _LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
-    """One stage of a pipeline.
+    """A stage of a pipeline, or a share of it.
 
     Attributes:
         first_layer, num_layers: consecutive layers.
         is_first: it turns token ids into hidden states.
         is_last: it turns hidden states into logits.
+        tp_rank: which share of the stage's matrices it has.
+        tp_size: of so many.
     """
 
     first_layer: int
     num_layers: int
     is_first: bool = True
     is_last: bool = True
+    tp_rank: int = 0
+    tp_size: int = 1
 
     @property
     def layers(self) -> range:
@@ -34,8 +40,37 @@ class ModelPart:
 
     def local(self, config: ModelConfig) -> ModelConfig:
         """The shape of this part, as if it were a model."""
-        windows = config.sliding_windows[self.first_layer : self.layers.stop]
-        return replace(config, num_layers=self.num_layers, sliding_windows=windows)
+        return replace(
+            config,
+            num_layers=self.num_layers,
+            sliding_windows=config.sliding_windows[self.first_layer : self.layers.stop],
+            num_heads=config.num_heads // self.tp_size,
+            num_kv_heads=max(1, config.num_kv_heads // self.tp_size),
+            intermediate_size=config.intermediate_size // self.tp_size,
+        )
+
+    def rows(self, projection: Projection, config: ModelConfig) -> slice:
+        """Which outputs of a matrix of the whole model it has."""
+        match projection.split:
+            case Split.OUTPUTS:
+                return self._share(projection.outputs // self.tp_size)
+            case Split.KEYS if config.num_kv_heads < self.tp_size:
+                head = self.tp_rank * config.num_kv_heads // self.tp_size
+                return slice(head * config.head_dim, (head + 1) * config.head_dim)
+            case Split.KEYS:
+                return self._share(projection.outputs // self.tp_size)
+            case Split.VOCABULARY:
+                return self._share(-(-projection.outputs // self.tp_size))
+        return slice(None)
+
+    def columns(self, projection: Projection) -> slice:
+        """Which of its inputs."""
+        if projection.split is Split.INPUTS:
+            return self._share(projection.inputs // self.tp_size)
+        return slice(None)
+
+    def _share(self, size: int) -> slice:
+        return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
 
     def owns(self, name: str) -> bool:
         """Whether a weight of this name would be wrong to leave out: nobody else looks at it."""
@@ -50,13 +85,36 @@ def whole(config: ModelConfig) -> ModelPart:
     return ModelPart(0, config.num_layers)
 
 
-def stages(num_layers: Sequence[int]) -> list[ModelPart]:
-    """The parts of a pipeline whose stages have so many layers."""
+def parts_of(
+    config: ModelConfig, num_layers: Sequence[int], tp_size: int = 1
+) -> list[list[ModelPart]]:
+    """The parts of a model whose stages have so many layers each: by stage, then by share.
+
+    Raises:
+        ConfigError: its matrices cannot be shared by so many processes.
+    """
+    _check_shares(config, tp_size)
     last = len(num_layers) - 1
     return [
-        ModelPart(sum(num_layers[:index]), count, is_first=index == 0, is_last=index == last)
-        for index, count in enumerate(num_layers)
+        [
+            ModelPart(sum(num_layers[:stage]), count, stage == 0, stage == last, rank, tp_size)
+            for rank in range(tp_size)
+        ]
+        for stage, count in enumerate(num_layers)
     ]
+
+
+def _check_shares(config: ModelConfig, tp_size: int) -> None:
+    keys = config.num_kv_heads
+    reason = None
+    if config.num_heads % tp_size:
+        reason = f"{config.num_heads} query heads"
+    elif keys % tp_size and tp_size % keys:
+        reason = f"{keys} key heads, which neither divide it nor can be divided by it"
+    elif config.intermediate_size % tp_size:
+        reason = f"an MLP of {config.intermediate_size}"
+    if reason is not None:
+        raise ConfigError(f"tensor_parallel_size is {tp_size}; the model has {reason}")
 
 
 def balanced_layers(
