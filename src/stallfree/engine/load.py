@@ -11,9 +11,10 @@ from stallfree.core.blocks import BlockPool
 from stallfree.engine.progress import progress
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
-from stallfree.executor.distributed import DistributedPipeline
+from stallfree.executor.distributed import DistributedPipeline, Launch
 from stallfree.executor.launch import LocalProcess
 from stallfree.executor.messages import WorkerSpec
+from stallfree.executor.ray_launch import RayLauncher
 from stallfree.executor.stage_log import StageLog
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
@@ -108,7 +109,7 @@ def load_model(
         WorkersLostError: a process did not start.
     """
     with progress(show_progress) as bar:
-        if settings.num_processes > 1:
+        if settings.uses_processes:
             parts = _parts(settings, config, tokens)
             return _start_processes(settings, source, parts, computation, bar)
         return _load_here(source, config, computation, bar)
@@ -156,14 +157,24 @@ def _start_processes(
         for rank, part in enumerate(parts)
     ]
     bar.add_task(f"starting {len(specs)} processes of {source.name}", total=None)
+    launch, host = _launcher(settings, computation)
     pipeline = DistributedPipeline(
         specs,
-        LocalProcess,
-        host=_LOCALHOST,
+        launch,
+        host=host,
         timeout_s=settings.worker_timeout_s,
         log=StageLog(settings.pipeline_parallel_size, settings.trace_file),
     )
     return _InProcesses(pipeline)
+
+
+def _launcher(settings: EngineSettings, computation: Computation) -> tuple[Launch, str]:
+    """What starts a process, and where such a one reaches this."""
+    if settings.distributed_executor == "mp":
+        return LocalProcess, _LOCALHOST
+    is_cuda = computation.device.startswith("cuda")
+    launcher = RayLauncher(settings.num_processes, computation.threads, is_cuda=is_cuda)
+    return launcher, launcher.host
 
 
 def _parts(settings: EngineSettings, config: ModelConfig, tokens: int) -> list[ModelPart]:

@@ -25,6 +25,7 @@ from stallfree.engine.flags import (
 from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.errors import ConfigError
 
+DISTRIBUTED_EXECUTORS = ("mp", "ray")
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "float16")
@@ -128,6 +129,15 @@ class EngineSettings(SchedulingSettings):
             panel="Several processes",
         ),
     ] = 1
+    distributed_executor: Annotated[
+        str,
+        Flag(
+            f"Who starts the processes: {', '.join(DISTRIBUTED_EXECUTORS)}. mp is this machine; "
+            "ray is a running Ray cluster, with the model at the same path everywhere.",
+            "NAME",
+            panel="Several processes",
+        ),
+    ] = "mp"
     sequence_pipelining: Annotated[
         bool,
         Flag(
@@ -187,8 +197,9 @@ class EngineSettings(SchedulingSettings):
         check_range("threads", self.threads, 1)
         check_range("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_PROCESSES)
         check_range("pipeline_parallel_size", self.pipeline_parallel_size, 1, MAX_PROCESSES)
+        check_choice("distributed_executor", self.distributed_executor, DISTRIBUTED_EXECUTORS)
         check_range("worker_timeout_s", self.worker_timeout_s, 1)
-        if self.trace_file is not None and self.num_processes == 1:
+        if self.trace_file is not None and not self.uses_processes:
             raise ConfigError(
                 f"trace_file is {self.trace_file}, but there is one process, which is never idle "
                 "while there is work: give pipeline_parallel_size too"
@@ -201,8 +212,15 @@ class EngineSettings(SchedulingSettings):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
+    def uses_processes(self) -> bool:
+        """Whether the model runs in others than this one."""
+        return self.num_processes > 1 or self.distributed_executor != "mp"
+
+    @property
     def threads_each(self) -> int:
         """CPU threads of each process of the model."""
+        if self.distributed_executor != "mp":
+            return self.threads or available_cpus()
         return self.threads or max(1, available_cpus() // self.num_processes)
 
     @property
@@ -210,8 +228,9 @@ class EngineSettings(SchedulingSettings):
         """What is allowed but probably not meant, one sentence each."""
         cpus = available_cpus()
         notes = []
-        if self.num_processes > cpus or self.threads_each > cpus // self.num_processes:
-            each = f" in each of {self.num_processes} processes" if self.num_processes > 1 else ""
+        num_here = self.num_processes if self.distributed_executor == "mp" else 1
+        if num_here > cpus or self.threads_each > cpus // num_here:
+            each = f" in each of {num_here} processes" if num_here > 1 else ""
             notes.append(f"threads is {self.threads_each}{each}, more than the {cpus} CPUs here")
         if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
             notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,6 @@ from stallfree.model.config import ModelConfig
 from stallfree.model.layer_weights import Projection, Split
 
 _LEAST_ROWS = 4
-_LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +70,12 @@ class ModelPart:
     def _share(self, size: int) -> slice:
         return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
 
-    def owns(self, name: str) -> bool:
+    def owns(self, name: str, config: ModelConfig) -> bool:
         """Whether a weight of this name would be wrong to leave out: nobody else looks at it."""
         if self.is_first and self.is_last:
             return True
-        match = _LAYER_NAME.search(name)
-        return match is not None and int(match[1]) in self.layers
+        prefixes = (config.names.layer.format(layer=layer) for layer in self.layers)
+        return any(name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def whole(config: ModelConfig) -> ModelPart:

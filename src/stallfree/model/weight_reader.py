@@ -97,7 +97,7 @@ class WeightReader:
         unread = sorted(
             name
             for name in self._weights.names() - self._read_names
-            if self._part.owns(name)
+            if self._part.owns(name, self._config)
             and not name.endswith(_RECOMPUTED)
             and not name.startswith(ignored)
         )
