@@ -11,8 +11,8 @@ from stallfree.core.blocks import BlockPool
 from stallfree.engine.progress import progress
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
-from stallfree.executor.distributed import DistributedPipeline, Launch
-from stallfree.executor.launch import LocalProcess
+from stallfree.executor.distributed import DistributedPipeline
+from stallfree.executor.launch import Launcher, LocalLauncher
 from stallfree.executor.messages import WorkerSpec
 from stallfree.executor.ray_launch import RayLauncher
 from stallfree.executor.stage_log import StageLog
@@ -26,7 +26,6 @@ from stallfree.model.part import ModelPart, balanced_layers, parts_of
 from stallfree.model.source import ModelSource
 from stallfree.model.weights import WeightSource
 
-_LOCALHOST = "127.0.0.1"
 _DECODES_SHARE = 8  # of a usual batch's rows, one in so many samples a token
 
 
@@ -151,30 +150,27 @@ def _start_processes(
             following=None if part.is_last else rank + part.tp_size,
             model=str(source.path),
             computation=computation,
-            store=(_LOCALHOST, 0),
+            store=("", 0),
             timeout_s=settings.worker_timeout_s,
         )
         for rank, part in enumerate(parts)
     ]
     bar.add_task(f"starting {len(specs)} processes of {source.name}", total=None)
-    launch, host = _launcher(settings, computation)
     pipeline = DistributedPipeline(
         specs,
-        launch,
-        host=host,
+        _launcher(settings, computation),
         timeout_s=settings.worker_timeout_s,
         log=StageLog(settings.pipeline_parallel_size, settings.trace_file),
     )
     return _InProcesses(pipeline)
 
 
-def _launcher(settings: EngineSettings, computation: Computation) -> tuple[Launch, str]:
-    """What starts a process, and where such a one reaches this."""
+def _launcher(settings: EngineSettings, computation: Computation) -> Launcher:
+    """What starts the processes."""
     if settings.distributed_executor == "mp":
-        return LocalProcess, _LOCALHOST
+        return LocalLauncher()
     is_cuda = computation.device.startswith("cuda")
-    launcher = RayLauncher(settings.num_processes, computation.threads, is_cuda=is_cuda)
-    return launcher, launcher.host
+    return RayLauncher(settings.num_processes, computation.threads, is_cuda=is_cuda)
 
 
 def _parts(settings: EngineSettings, config: ModelConfig, tokens: int) -> list[ModelPart]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from stallfree.core.batch import Batch
 from stallfree.errors import ExecutorError, WorkersLostError
-from stallfree.executor.launch import WorkerProcess
+from stallfree.executor.launch import Launcher, WorkerProcess
 from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
 from stallfree.executor.output import ExecutorOutput
 from stallfree.executor.stage_log import StageLog
@@ -32,7 +32,6 @@ from stallfree.model.loading import Footprint
 START_TIMEOUT_S = 900.0  # loading a large model from a slow disk, or compiling kernels
 _CULPRIT_S = 2.0  # how long the end of a process may take to be noticed
 
-Launch = Callable[[WorkerSpec], WorkerProcess]
 Message = Loaded | Ready
 _Answer = TypeVar("_Answer", Loaded, Ready)
 
@@ -60,8 +59,7 @@ class DistributedPipeline:
 
     Args:
         specs: of all workers, by rank; their `store` is filled in.
-        launch: starts one.
-        host: where workers reach this machine.
+        launcher: starts them.
         timeout_s: how long a batch may take before its workers count as lost.
         log: told of each batch that went through a stage.
 
@@ -72,22 +70,24 @@ class DistributedPipeline:
     def __init__(
         self,
         specs: Sequence[WorkerSpec],
-        launch: Launch,
+        launcher: Launcher,
         *,
-        host: str,
         timeout_s: float,
         log: StageLog,
     ) -> None:
         self._specs = list(specs)
-        self._launch = launch
-        self._host = host
+        self._launcher = launcher
         self._timeout_s = timeout_s
         self.log = log
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
         self._workers: list[WorkerProcess] = []
         self._outboxes: list[_Outbox] = []
-        self.footprint = self._start()
+        try:
+            self.footprint = self._start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def num_stages(self) -> int:
@@ -169,6 +169,7 @@ class DistributedPipeline:
     def close(self) -> None:
         """End all workers, and what is written of them."""
         self._end_workers()
+        self._launcher.close()
         self.log.close()
 
     def _end_workers(self) -> None:
@@ -186,12 +187,13 @@ class DistributedPipeline:
         self._broken: str | None = None  # what one said that could not reach another
         self._outputs: dict[int, ExecutorOutput | None] = {}
         self._errors: dict[int, dict[int, str]] = {}  # tracebacks, by batch and rank
-        self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-        address = (self._host, self._store.port)
+        host = self._launcher.host
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        address = (host, self._store.port)
         self._specs = [replace(spec, store=address) for spec in self._specs]
         try:
             for spec in self._specs:
-                worker = self._launch(spec)
+                worker = self._launcher.start(spec)
                 self._workers.append(worker)
                 self._outboxes.append(_Outbox(worker.connection))
             footprints = [each.footprint for each in self._hear_all(Loaded).values()]

@@ -30,6 +30,41 @@ class WorkerProcess(Protocol):
         ...
 
 
+class Launcher(Protocol):
+    """Starts the workers of a model.
+
+    Attributes:
+        host: where they reach this machine.
+    """
+
+    host: str
+
+    def start(self, spec: WorkerSpec) -> WorkerProcess:
+        """Start a worker.
+
+        Raises:
+            WorkersLostError: it could not be started.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what was reserved; all workers have ended."""
+        ...
+
+
+class LocalLauncher:
+    """Starts workers on this machine."""
+
+    host = "127.0.0.1"
+
+    def start(self, spec: WorkerSpec) -> WorkerProcess:
+        """See `Launcher`."""
+        return LocalProcess(spec)
+
+    def close(self) -> None:
+        """Nothing was reserved."""
+
+
 class LocalProcess:
     """A worker on this machine.
 

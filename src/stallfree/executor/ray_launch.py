@@ -64,7 +64,12 @@ class RayLauncher:
         self._key = secrets.token_bytes(32)
         self._listener = Listener((self.host, 0), authkey=self._key)
 
-    def __call__(self, spec: WorkerSpec) -> RayProcess:
+    def close(self) -> None:
+        """Give back the room in the cluster."""
+        self._listener.close()
+        self._ray.util.remove_placement_group(self._group)
+
+    def start(self, spec: WorkerSpec) -> RayProcess:
         """Start a worker, and wait until it has called back.
 
         Raises:
