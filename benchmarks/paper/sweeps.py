@@ -47,7 +47,7 @@ def capacity(
 
     def measure(qps: float, seed: int) -> Results:
         workload = recipe(dataset, NUM_REQUESTS, seed).make().at_rate(qps)
-        return _run(made, workload, GiveUp(workload, criterion)).results
+        return _run(made, workload, GiveUp.beyond(criterion, workload)).results
 
     (found,) = find_capacities(measure, [criterion], search)
     return {"qps": found.mean_qps, "of_each_seed": [each.qps for each in found.seeds]}

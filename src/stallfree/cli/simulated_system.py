@@ -78,7 +78,7 @@ class SimulatedSystem:
         """One run, incomplete if it was given up."""
         workload = self._drawn.at_rate(qps, seed)
         copies = self._system.replicas(self._num_replicas, seed)
-        give_up: Callable[[Record], bool] = GiveUp(workload, self._loosest)
+        give_up: Callable[[Record], bool] = GiveUp.beyond(self._loosest, workload)
         if on_progress is not None:
             give_up = _Watched(give_up, workload, copies, on_progress)
         started = time.perf_counter()
