@@ -42,10 +42,10 @@ TARGETS_S = {"strict": 0.2, "relaxed": 1.0}
 COMMON = f"--max-model-len {CONTEXT} --kv-cache-memory 2GiB"
 FIRST_STEP = 1.2  # of the search, from a guess that is a good one
 SETTINGS = {  # by name and target: the arguments of the server, and a guess of the capacity
-    "sarathi --tbt-slo": {"strict": ("--tbt-slo 0.2s", 1.8), "relaxed": ("--tbt-slo 1.0s", 1.8)},
-    "sarathi": {"strict": ("--token-budget 48", 1.3), "relaxed": ("--token-budget 256", 1.9)},
-    "vllm": {"strict": ("--scheduler vllm", 0.3), "relaxed": ("--scheduler vllm", 0.9)},
-    "orca": {"strict": ("--scheduler orca", 0.27), "relaxed": ("--scheduler orca", 0.65)},
+    "sarathi --tbt-slo": {"strict": ("--tbt-slo 0.2s", 1.2), "relaxed": ("--tbt-slo 1.0s", 1.2)},
+    "sarathi": {"strict": ("--token-budget 48", 1.1), "relaxed": ("--token-budget 256", 1.2)},
+    "vllm": {"strict": ("--scheduler vllm", 0.3), "relaxed": ("--scheduler vllm", 0.8)},
+    "orca": {"strict": ("--scheduler orca", 0.27), "relaxed": ("--scheduler orca", 0.6)},
     "faster_transformer": {
         "strict": ("--scheduler faster_transformer", 0.4),
         "relaxed": ("--scheduler faster_transformer", 0.4),

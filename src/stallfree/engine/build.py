@@ -18,6 +18,7 @@ from stallfree.engine.arithmetic import Arithmetic, choose_arithmetic
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.memory import default_share, free_bytes
 from stallfree.engine.profile import cached_profile, measure_profile
 from stallfree.engine.settings import EngineSettings, available_cpus
@@ -46,6 +47,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         ModelError: the model cannot be used.
     """
     started = time.monotonic()
+    iteration_file = IterationFile(settings.iteration_file) if settings.iteration_file else None
     threads = settings.threads or available_cpus()
     torch.set_num_threads(threads)
     device = _device(settings.device)
@@ -104,6 +106,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         admission=Admission(
             settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
         ),
+        iteration_file=iteration_file,
     )
 
 

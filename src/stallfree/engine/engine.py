@@ -16,6 +16,7 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.loop import Loop, OneStage
 from stallfree.engine.outputs import Delta
 from stallfree.engine.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ class Engine:
         seed: from which requests without a seed draw theirs.
         tiers: targets of requests that have none of their own, by tier.
         admission: who is refused.
+        iteration_file: where each iteration is noted; None for nowhere.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         seed: int = 0,
         tiers: Mapping[str, Targets] | None = None,
         admission: Admission | None = None,
+        iteration_file: IterationFile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -62,6 +65,7 @@ class Engine:
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
         self.admission = admission or Admission()
+        self._iteration_file = iteration_file
         self._loop = Loop(scheduler, OneStage(lambda: self.executor), clock)
         self._seed = seed
         self._num_added = 0
@@ -231,7 +235,9 @@ class Engine:
             logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
             return self._fail(batch, error)
         deltas = self._report(batch, iteration.output)
-        self._loop.observe(iteration)
+        seconds = self._loop.observe(iteration)
+        if self._iteration_file is not None:
+            self._iteration_file.write(batch, seconds)
         return deltas
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
