@@ -13,6 +13,7 @@ from systems import DATASETS, SYSTEMS
 
 TARGETS = ("strict", "relaxed")
 SCHEDULERS = ("sarathi", "sarathi --tbt-slo", "vllm", "orca")
+CAPACITY_SCHEDULERS = (*SCHEDULERS, "faster_transformer")
 OVERHEAD_SYSTEM = "Yi-34B"  # whose overhead is published
 CURVE_QPS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 SPLITS, SPLIT_QPS = ((8, 1), (4, 2)), (0.3, 0.6, 0.9, 1.2)
@@ -30,7 +31,7 @@ def capacity_cells(names: Sequence[str] = tuple(SYSTEMS)) -> list[Cell]:
     """Every policy, system, target and dataset; one system with the artifact's overhead too."""
     cells: list[Cell] = [
         (sweeps.capacity, (*place, False))
-        for place in itertools.product(names, TARGETS, DATASETS, SCHEDULERS)
+        for place in itertools.product(names, TARGETS, DATASETS, CAPACITY_SCHEDULERS)
     ]
     if OVERHEAD_SYSTEM in names:
         cells += [
