@@ -84,6 +84,7 @@ def main() -> int:
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine_facts(),
         "targets_s": TARGETS_S,
+        "requests": options.requests,
         "capacities": found,
     }
     options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -71,6 +71,7 @@ def main() -> int:
         "client": PEERS["vllm"].package,
         "load": {"prompt": PROMPT, "output": OUTPUT, "qps": options.qps, "n": options.requests},
         "runs": runs,
+        "medians": medians(runs),
         "ratios": ratios(runs),
     }
     options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -152,10 +153,15 @@ def _theirs(
 
 def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     """Ours over theirs: of the medians of all rounds."""
+    own = medians(runs)
+    return {number: own[OURS][number] / own[THEIRS][number] for number in NUMBERS}
+
+
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of all rounds, for each client and number."""
     return {
-        number: median(run[number] for run in runs[OURS])
-        / median(run[number] for run in runs[THEIRS])
-        for number in NUMBERS
+        name: {number: median(run[number] for run in own) for number in NUMBERS}
+        for name, own in runs.items()
     }
 
 
@@ -168,12 +174,8 @@ def table(runs: dict[str, list[dict[str, float]]]) -> Table:
     for name, own in runs.items():
         for run in own:
             made.add_row(name, *(f"{run[number]:,.1f}" for number in NUMBERS))
-    medians = {
-        name: {number: median(run[number] for run in own) for number in NUMBERS}
-        for name, own in runs.items()
-    }
-    for name, own_medians in medians.items():
-        made.add_row(f"{name}, median", *(f"{own_medians[number]:,.1f}" for number in NUMBERS))
+    for name, middle in medians(runs).items():
+        made.add_row(f"{name}, median", *(f"{middle[number]:,.1f}" for number in NUMBERS))
     found = ratios(runs)
     marks = (
         f"{found[number]:.3f}{' !' if number in ALIKE and abs(found[number] - 1) > LIMIT else ''}"

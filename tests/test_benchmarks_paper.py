@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "paper"))
 import ablation
 import sweeps
 from report import write_report
+from reproduce import LIVE
 from step_times import compare, read_points
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def test_chunks_that_nothing_was_fitted_to_are_predicted() -> None:
 def test_stored_results_make_a_report(tmp_path: Path) -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     path = tmp_path / "report.md"
-    live = dict.fromkeys(("stall", "engine", "chunking", "capacity", "reality"))
+    live = dict.fromkeys(LIVE)
     write_report(results, live, path)
     text = path.read_text(encoding="utf-8")
     for title in ("Step times", "Capacity", "TBT against the rate", "Ablation"):
