@@ -40,7 +40,7 @@ def plan(*flags: str) -> Result:
 
 
 def capacity(*flags: str) -> Result:
-    own = ("--num-requests", "20", "--precision", "30%", "--seeds", "1")
+    own = ("--num-requests", "20", "--precision", "30%", "--seeds", "1", "--min-duration", "0s")
     return invoke("bench", "simulated-capacity", *MISTRAL, *LOAD, *own, *flags)
 
 
@@ -215,7 +215,8 @@ def test_a_file_of_ones_own_is_another_system_once_it_changes(tmp_path: Path) ->
 
 def test_a_profile_has_a_capacity(profile: Path) -> None:
     flags = ("--profile", str(profile), *LOAD, "--slo-tbt", "1s", "--seeds", "1")
-    result = invoke("bench", "simulated-capacity", *flags, "--precision", "30%")
+    few = ("--precision", "30%", "--min-duration", "5s")
+    result = invoke("bench", "simulated-capacity", *flags, *few)
     assert result.exit_code == 0, result.output
     assert "capacity, in requests a second" in result.output
 
