@@ -58,9 +58,10 @@ def split_cells() -> list[Cell]:
 
 
 def ablation_cells() -> list[Cell]:
-    """The three schedulers at each rate of a dataset."""
+    """The three schedulers at each rate of a dataset, without the artifact's overhead and with."""
     return [
-        (sweeps.ablation_point, (dataset, policy, qps))
+        (sweeps.ablation_point, (dataset, policy, qps, has_overhead))
+        for has_overhead in (False, True)
         for dataset, rates in ABLATION_QPS.items()
         for policy, qps in itertools.product(ABLATION_POLICIES, rates)
     ]

@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from ablation import of_overhead
 from cells import CAPACITY_SCHEDULERS, SCHEDULERS, TARGETS
 from pictures_parts import DPI, draw_ablation, draw_chunking, draw_split, draw_step_times
 from systems import DATASETS, SYSTEMS
@@ -34,7 +35,8 @@ def draw_all(results: dict[str, Any], live: dict[str, Any], folder: Path) -> Non
     if "split" in results:
         draw_split(results["split"]["rows"], folder / "split.png")
     if "ablation" in results:
-        draw_ablation(results["ablation"]["rows"], folder / "ablation.png")
+        rows = of_overhead(results["ablation"]["rows"], has_overhead=False)
+        draw_ablation(rows, folder / "ablation.png")
     if live["chunking"] is not None:
         draw_chunking(live["chunking"]["rows"], folder / "chunking.png")
 

@@ -68,17 +68,21 @@ def split(stored: dict[str, Any]) -> list[str]:
 
 def ablations(stored: dict[str, Any]) -> list[str]:
     """Both parts of Sarathi-Serve, and each alone."""
-    rows = stored["rows"]
     parts = [ABLATION.format(requests=ABLATION_REQUESTS, seeds=len(ABLATION_SEEDS))]
     titles = dict(zip(ablation.NUMBERS, ("TTFT P50 s", "TBT P99 s"), strict=True))
-    for dataset, qps in ablation.best_rates(rows).items():
-        lines = [
-            [policy, titles[number], *compared(published, own, ".2f", ABLATION_WHYS[number])]
-            for policy, number, published, own in ablation.compared(rows, dataset, qps)
-        ]
-        order = "is kept" if ablation.keeps_order(rows, dataset, qps) else "IS NOT KEPT"
-        parts += [
-            f"{dataset} at {qps:g} requests/s; the order of the policies {order}:\n",
-            table(["policy", "number", *COMPARED], lines),
-        ]
+    for has_overhead in (False, True):
+        rows = ablation.of_overhead(stored["rows"], has_overhead=has_overhead)
+        if not rows:
+            continue
+        kind = "with the artifact's overhead" if has_overhead else "without overhead"
+        for dataset, qps in ablation.best_rates(rows).items():
+            lines = [
+                [policy, titles[number], *compared(published, own, ".2f", ABLATION_WHYS[number])]
+                for policy, number, published, own in ablation.compared(rows, dataset, qps)
+            ]
+            order = "is kept" if ablation.keeps_order(rows, dataset, qps) else "IS NOT KEPT"
+            parts += [
+                f"{dataset} at {qps:g} requests/s, {kind}; the order of the policies {order}:\n",
+                table(["policy", "number", *COMPARED], lines),
+            ]
     return parts

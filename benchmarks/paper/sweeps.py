@@ -94,11 +94,12 @@ def _split(paper: PaperSystem, settings: SchedulingSettings, qps: float) -> dict
 
 
 def ablation_point(
-    dataset: str, policy: str, qps: float, seeds: range = ABLATION_SEEDS
+    dataset: str, policy: str, qps: float, has_overhead: bool, seeds: range = ABLATION_SEEDS
 ) -> dict[str, float]:
     """Yi-34B with 128 requests: median TTFT and P99 TBT, the means over seeds."""
     settings = SchedulingSettings(scheduler=policy, token_budget=512)
-    made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset])
+    efficiency = ARTIFACT if has_overhead else None
+    made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset], efficiency)
     runs = [
         summarize(_run(made, recipe(dataset, ABLATION_REQUESTS, seed).make().at_rate(qps)).results)
         for seed in seeds
