@@ -6,6 +6,7 @@ whatever else ran there.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from stallfree.core.batch import Batch
@@ -16,7 +17,7 @@ COLUMNS = ("seconds", "prefill_tokens", "prefill_context", "decodes", "decode_co
 
 
 class IterationFile:
-    """Written line by line, so that it is whole whenever it is read.
+    """Opened for each line, so that it is whole whenever it is read, and nothing is to be closed.
 
     Args:
         path: of the file; what was there before is gone.
@@ -26,11 +27,11 @@ class IterationFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self._file = path.open("w", encoding="utf-8", buffering=1)
+            path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-        self._file.write(",".join(COLUMNS) + "\n")
 
     def write(self, batch: Batch, seconds: float) -> None:
         """Add an iteration; a disk that is full stops nobody."""
@@ -39,7 +40,5 @@ class IterationFile:
         context = round(shape.decode_context / decodes) if decodes else 0
         tokens = shape.num_tokens - decodes
         row = (f"{seconds:.6f}", tokens, shape.prefill_context, decodes, context, shape.num_sampled)
-        try:
-            self._file.write(",".join(map(str, row)) + "\n")
-        except OSError:
-            return
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(",".join(map(str, row)) + "\n")
