@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -144,7 +145,7 @@ def compare(
     compared: dict[str, Any] = {"live": numbers(summarize(own.results))}
     for kind, model in times.items():
         system = System(
-            lambda seed, model=model: ProfiledTimes(model, seed),
+            partial(ProfiledTimes, model),
             SCHEDULERS[name],
             kv_tokens,
             CONTEXT,

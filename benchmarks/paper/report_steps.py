@@ -56,7 +56,8 @@ def step_times(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows:
             if row["file"] != name:
                 continue
-            published, whys = row["published_ms"], {}
+            published = row["published_ms"]
+            whys: dict[str, None] = {}  # each once
             cells = [row["name"], f"{published:,.1f}"]
             for kind in ("held_out", "roofline"):
                 own = row[f"{kind}_ms"]
