@@ -25,7 +25,7 @@ NUM_REQUESTS, SEEDS = 256, (0,)
 MAX_DELAY_S = 2.0
 ABLATION_REQUESTS, ABLATION_SEEDS = 128, range(8)
 START_QPS = {"Mistral-7B": 2.0, "Yi-34B": 0.7, "LLaMA2-70B": 0.5, "Falcon-180B": 0.7}
-START_SHARE = {"vllm": 0.5, "orca": 0.4, "faster_transformer": 0.15}  # of that; guesses too
+START_SHARE = {"vllm": 0.5, "orca": 0.4, "faster_transformer": 0.03}  # of that; guesses too
 
 
 def capacity(
