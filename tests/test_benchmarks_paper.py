@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "paper"))
 
 import ablation
 import sweeps
+from markdown_table import COMPARED, NEAR
 from report import write_report
 from reproduce import LIVE
 from step_times import compare, read_points
@@ -41,6 +42,23 @@ def test_stored_results_make_a_report(tmp_path: Path) -> None:
         assert f"## {title}" in text
     for cell in results["capacity"]["rows"]:
         assert f"{cell['qps'] or 0.0:.2f}" in text
+
+
+def test_every_stored_value_that_is_far_from_the_papers_has_a_reason() -> None:
+    """In the report as it is committed."""
+    head: list[str] = []
+    num_compared = 0
+    for line in RESULTS.with_name("report.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            head = []
+        elif not head:
+            head = cells
+        elif set(line) != {"|", "-"} and "ratio" in head and cells[head.index("ratio")]:
+            is_near = abs(float(cells[head.index("ratio")]) - 1) <= NEAR + 0.005  # as rounded
+            assert is_near or cells[head.index(COMPARED[-1])], line
+            num_compared += 1
+    assert num_compared > 20
 
 
 def test_the_stored_ablation_has_the_order_of_the_paper() -> None:
