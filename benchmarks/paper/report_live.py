@@ -143,4 +143,5 @@ def clients(live: dict[str, Any]) -> list[str]:
     ]
     count = len(next(iter(found["runs"].values())))
     size = (load["prompt"], load["output"], load["qps"], count, load["n"])
-    return [CLIENTS.format(found["client"], *size), table(["", *found["runs"], "ours / theirs"], rows)]
+    head = ["", *found["runs"], "ours / theirs"]
+    return [CLIENTS.format(found["client"], *size), table(head, rows)]
