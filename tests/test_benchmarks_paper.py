@@ -41,7 +41,7 @@ def test_stored_results_make_a_report(tmp_path: Path) -> None:
     for title in ("Step times", "Capacity", "TBT against the rate", "Ablation"):
         assert f"## {title}" in text
     for cell in results["capacity"]["rows"]:
-        assert f"{cell['qps'] or 0.0:.2f}" in text
+        assert f"{cell['qps'] or 0.0:.3g}" in text
 
 
 def test_every_stored_value_that_is_far_from_the_papers_has_a_reason() -> None:

@@ -15,6 +15,7 @@ TARGETS = ("strict", "relaxed")
 SCHEDULERS = ("sarathi", "sarathi --tbt-slo", "vllm", "orca")
 CAPACITY_SCHEDULERS = (*SCHEDULERS, "faster_transformer")
 OVERHEAD_SYSTEM = "Yi-34B"  # whose overhead is published
+OVERHEAD_SCHEDULERS = ("sarathi", "vllm", "orca")
 CURVE_QPS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 SPLITS, SPLIT_QPS = ((8, 1), (4, 2)), (0.3, 0.6, 0.9, 1.2)
 PIPELINE_QPS = 0.6
@@ -36,7 +37,7 @@ def capacity_cells(names: Sequence[str] = tuple(SYSTEMS)) -> list[Cell]:
     if OVERHEAD_SYSTEM in names:
         cells += [
             (sweeps.capacity, (OVERHEAD_SYSTEM, *place, True))
-            for place in itertools.product(TARGETS, DATASETS, ("sarathi", "vllm", "orca"))
+            for place in itertools.product(TARGETS, DATASETS, OVERHEAD_SCHEDULERS)
         ]
     return cells
 

@@ -50,7 +50,7 @@ def _draw_capacity(rows: list[dict[str, Any]], path: Path) -> None:
             ax = axes[line, column]
             for place, scheduler in enumerate(CAPACITY_SCHEDULERS):
                 own = [
-                    next(
+                    sum(
                         r["qps"] or 0.0
                         for r in rows
                         if r["cell"] == [name, t, dataset, scheduler, False]

@@ -10,7 +10,13 @@ from typing import Any
 import report_live
 import report_split
 import report_steps
-from cells import CAPACITY_SCHEDULERS, OVERHEAD_SYSTEM, SCHEDULERS, TARGETS
+from cells import (
+    CAPACITY_SCHEDULERS,
+    OVERHEAD_SCHEDULERS,
+    OVERHEAD_SYSTEM,
+    SCHEDULERS,
+    TARGETS,
+)
 from markdown_table import COMPARED, compared, table
 from sweeps import NUM_REQUESTS
 from systems import DATASETS, SYSTEMS
@@ -79,15 +85,14 @@ def _capacity(stored: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     beyond: dict[bool, list[float]] = {False: [], True: []}  # of systems with several stages
     for place in itertools.product(names, TARGETS, DATASETS):
-        own = {each: qps.get((*place, each, False), 0.0) for each in CAPACITY_SCHEDULERS}
-        base = own["sarathi"]
-        gains = [_ratio(base, own["vllm"]), _ratio(base, own["orca"])]
-        rows.append([*place, *(f"{rate:.2f}" for rate in own.values()), *gains])
-        rows[-1].append(_ratio(own["sarathi --tbt-slo"], base))
-        if base:
-            beyond[SYSTEMS[place[0]].pipeline_parallel > 1].append(own["sarathi --tbt-slo"] / base)
-    shares = ["/ vllm", "/ orca", "--tbt-slo / sarathi"]
-    head = ["model", "target", "dataset", *CAPACITY_SCHEDULERS, *shares]
+        own = {each: qps.get((*place, each, False)) for each in CAPACITY_SCHEDULERS}
+        base, ours = own["sarathi"], own["sarathi --tbt-slo"]
+        shares = [_ratio(base, own["vllm"]), _ratio(base, own["orca"]), _ratio(ours, base)]
+        rows.append([*place, *map(_rate, own.values()), *shares])
+        if base and ours:
+            beyond[SYSTEMS[place[0]].pipeline_parallel > 1].append(ours / base)
+    head = ["model", "target", "dataset", *CAPACITY_SCHEDULERS]
+    head += ["/ vllm", "/ orca", "--tbt-slo / sarathi"]
     seeds = len(stored["rows"][0]["of_each_seed"])
     summary = BEYOND.format(
         least=min(beyond[False]),
@@ -125,15 +130,19 @@ def _overhead(qps: Rates) -> list[str]:
         return []
     rows = []
     for place in itertools.product(TARGETS, DATASETS):
-        own = [qps[OVERHEAD_SYSTEM, *place, each, True] for each in ("sarathi", "vllm", "orca")]
+        own = [qps.get((OVERHEAD_SYSTEM, *place, each, True)) for each in OVERHEAD_SCHEDULERS]
         gains = [_ratio(own[0], each) for each in own[1:]]
-        rows.append([*place, *(f"{each:.2f}" for each in own), *gains])
-    head = ["target", "dataset", "sarathi", "vllm", "orca", "/ vllm", "/ orca"]
+        rows.append([*place, *map(_rate, own), *gains])
+    head = ["target", "dataset", *OVERHEAD_SCHEDULERS, "/ vllm", "/ orca"]
     return [OVERHEAD.format(name=OVERHEAD_SYSTEM), table(head, rows)]
 
 
-def _ratio(of: float, to: float) -> str:
-    return f"{of / to:.2f}" if to else "-"
+def _rate(qps: float | None) -> str:
+    return "-" if qps is None else f"{qps:.3g}"
+
+
+def _ratio(of: float | None, to: float | None) -> str:
+    return f"{of / to:.2f}" if of and to else "-"
 
 
 def _curve(stored: dict[str, Any]) -> list[str]:
