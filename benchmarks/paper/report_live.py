@@ -52,8 +52,9 @@ requests and a minute of arrivals, to 10 % (`{}`).
 CLIENTS = """\
 ## Two load generators (live)
 
-`stallfree bench serve` and `vllm bench serve` ({}) against one server, in turns: {} tokens in, {}
-out, {:g} requests a second, medians of {} runs of {} requests (`benchmarks/load_generators.py`).
+`stallfree bench serve` and `vllm bench serve` ({}) against one server at the same time, each in the
+gaps of the other: {} tokens in, {} out, {:g} requests a second each, medians of {} rounds of {}
+requests (`benchmarks/load_generators.py`).
 """
 _STALL_COLUMNS = ("tbt_p50_ms", "tbt_p99_ms", "tbt_max_ms", "tokens_per_s")
 _KINDS = ("profile", "others", "speed")
