@@ -29,7 +29,10 @@ ReplicasOption = Annotated[
 RouterOption = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="round-robin, least-work, or prefix-affine: where its prefix is."
+        metavar="NAME",
+        help="round-robin, least-work, or prefix-affine: where the last request of its --prefixes "
+        "went. Simulated replicas keep none: it shows what affinity costs in balance, not what it "
+        "saves.",
     ),
 ]
 

@@ -16,6 +16,7 @@ from stallfree.engine.arithmetic import arithmetic_for, choose_arithmetic
 from stallfree.engine.clock import WallClock
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.load import load_model
 from stallfree.engine.memory import default_share, free_bytes
 from stallfree.engine.profile import cached_profile, measure_profile
@@ -45,6 +46,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         WorkersLostError: a process of the model did not start.
     """
     started = time.monotonic()
+    iteration_file = IterationFile(settings.iteration_file) if settings.iteration_file else None
     torch.set_num_threads(settings.threads_each)
     device = _device(settings.device)
     arithmetic = choose_arithmetic(settings, device)
@@ -111,6 +113,7 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
         ),
         pipeline=executor if isinstance(executor, DistributedPipeline) else None,
         restarts=settings.restart_workers,
+        iteration_file=iteration_file,
     )
 
 

@@ -16,6 +16,7 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.loop import Loop, OneStage
 from stallfree.engine.losses import Losses
 from stallfree.engine.outputs import Delta
@@ -42,6 +43,7 @@ class Engine:
         tiers: targets of requests that have none of their own, by tier.
         admission: who is refused.
         restarts: whether a pipeline that was lost is begun anew.
+        iteration_file: where each iteration is noted; None for nowhere.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Engine:
         admission: Admission | None = None,
         pipeline: WorkerPipeline | None = None,
         restarts: bool = False,
+        iteration_file: IterationFile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -67,6 +70,7 @@ class Engine:
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
         self.admission = admission or Admission()
+        self._iteration_file = iteration_file
         self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
         self._workers = pipeline
         self._losses = Losses() if restarts else None
@@ -264,7 +268,9 @@ class Engine:
         deltas = self._report(batch, iteration.output)
         if not self.has_requests:
             self._note_room()
-        self._loop.observe(iteration)
+        seconds = self._loop.observe(iteration)
+        if self._iteration_file is not None:
+            self._iteration_file.write(batch, seconds)
         return deltas
 
     def _note_room(self) -> None:

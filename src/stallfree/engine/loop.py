@@ -96,9 +96,11 @@ class Loop:
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
         return Iteration(batch, started_s, output)
 
-    def observe(self, iteration: Iteration) -> None:
+    def observe(self, iteration: Iteration) -> float:
         """Tell the budget how long an iteration took, all that was done for it included."""
-        self.scheduler.budget.observe(iteration.batch, self.clock.now() - iteration.started_s)
+        seconds = self.clock.now() - iteration.started_s
+        self.scheduler.budget.observe(iteration.batch, seconds)
+        return seconds
 
 
 class OneStage:

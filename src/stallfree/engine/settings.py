@@ -180,6 +180,14 @@ class EngineSettings(SchedulingSettings):
         int,
         Flag("Seeds the requests that bring no seed of their own.", "SEED"),
     ] = 0
+    iteration_file: Annotated[
+        Path | None,
+        Flag(
+            "Note what each iteration held and took here, for `stallfree simulate --times`.",
+            "FILE.csv",
+            unset="nowhere",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_types(self)
