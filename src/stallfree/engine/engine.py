@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
@@ -20,8 +20,9 @@ from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.loop import Loop, OneStage
 from stallfree.engine.losses import Losses
 from stallfree.engine.outputs import Delta
+from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.tokenizer import Tokenizer
-from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError, WorkersLostError
+from stallfree.errors import EngineError, InvalidRequestError, WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Engine:
         self.facts = facts
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
+        self._check = RequestCheck(scheduler, facts, self._tiers)
         self.admission = admission or Admission()
         self._iteration_file = iteration_file
         self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
@@ -111,66 +113,7 @@ class Engine:
         Raises:
             InvalidRequestError: the request cannot be run; ContextLengthError if it is too long.
         """
-        if not prompt_token_ids:
-            raise InvalidRequestError(
-                "the prompt is empty; it must have at least 1 token", "prompt"
-            )
-        self._check_targets(targets)
-        self._check_ids("prompt", prompt_token_ids)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        num_prompt = len(prompt_token_ids)
-        longest = min(self.max_model_len, self.scheduler.pool.num_tokens + 1)
-        if num_prompt >= longest:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens; the context is {longest} tokens, of which "
-                "the output needs at least 1",
-                "prompt",
-            )
-        max_tokens = params.max_tokens or longest - num_prompt
-        if num_prompt + max_tokens > longest:
-            raise ContextLengthError(
-                f"max_tokens is {max_tokens} and the prompt has {num_prompt} tokens: together "
-                f"more than the context of {longest}; max_tokens can be {longest - num_prompt}",
-                "max_tokens",
-            )
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens is {params.min_tokens}; the context leaves {max_tokens}", "min_tokens"
-            )
-        return max_tokens
-
-    def _check_targets(self, targets: Targets) -> None:
-        """Refuse a target that cannot be kept, or that would close the server to others."""
-        if targets.tbt_s is None:
-            return
-        given = f"tbt_slo_ms is {targets.tbt_s * 1000:g}"
-        reason = None
-        if self.facts.tbt_slo_s is None:
-            reason = (
-                "this server keeps no target for the time between tokens: it must be started with "
-                "--tbt-slo"
-            )
-        elif targets.yields:
-            reason = "requests of tier flex wait for others, so they have no such target"
-        else:
-            own = (tier.tbt_s for tier in self._tiers.values() if tier.tbt_s is not None)
-            tightest = min(own, default=self.facts.tbt_slo_s)
-            if targets.tbt_s < tightest:
-                reason = f"this server keeps {tightest * 1000:g} ms at the least"
-        if reason is not None:
-            raise InvalidRequestError(f"{given}; {reason}", "tbt_slo_ms")
-
-    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        ids = list(token_ids)
-        wrong = next((i for i in ids if type(i) is not int), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"{name} holds {wrong!r}; token ids are whole numbers", name)
-        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise InvalidRequestError(
-                f"{name} holds token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}", name
-            )
+        return self._check(prompt_token_ids, params, targets)
 
     def add(
         self,

@@ -20,17 +20,14 @@ from stallfree.engine.flags import (
     check_range,
     check_types,
     parse_bytes,
-    parse_duration,
 )
-from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.engine.parallel_settings import ParallelSettings
 from stallfree.errors import ConfigError
 
-DISTRIBUTED_EXECUTORS = ("mp", "ray")
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 KV_CACHE_DTYPES = ("auto", "float32", "float16")
 MAX_BLOCK_SIZE = 256
-MAX_PROCESSES = 1024
 MAX_PORT = 65_535
 MAX_SEED = 2**63 - 1
 LONG_TBT_SLO_S = 10.0  # beyond, it is probably meant in milliseconds
@@ -46,7 +43,7 @@ def available_cpus() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings(SchedulingSettings):
+class EngineSettings(ParallelSettings):
     """What an engine is built from.
 
     Raises:
@@ -112,70 +109,6 @@ class EngineSettings(SchedulingSettings):
             unset="one for each core",
         ),
     ] = None
-    tensor_parallel_size: Annotated[
-        int,
-        Flag(
-            "Processes that share each layer's matrices. On a CPU they need --dtype float32.",
-            "SHARES",
-            panel="Several processes",
-        ),
-    ] = 1
-    pipeline_parallel_size: Annotated[
-        int,
-        Flag(
-            "Processes that the layers are split over, each with some of them. As many batches are "
-            "in flight.",
-            "STAGES",
-            panel="Several processes",
-        ),
-    ] = 1
-    distributed_executor: Annotated[
-        str,
-        Flag(
-            f"Who starts the processes: {', '.join(DISTRIBUTED_EXECUTORS)}. mp is this machine; "
-            "ray is a running Ray cluster, with the model at the same path everywhere.",
-            "NAME",
-            panel="Several processes",
-        ),
-    ] = "mp"
-    sequence_pipelining: Annotated[
-        bool,
-        Flag(
-            "Let consecutive chunks of one prompt be in different stages at once, which shortens "
-            "the time to its first token.",
-            "",
-            panel="Several processes",
-        ),
-    ] = True
-    restart_workers: Annotated[
-        bool,
-        Flag(
-            "Start processes of the model anew when one is lost, and compute again what they held. "
-            "Otherwise the server ends.",
-            "",
-            panel="Several processes",
-        ),
-    ] = False
-    trace_file: Annotated[
-        Path | None,
-        Flag(
-            "Write when each stage ran which batch, and why it idled, as Chrome's trace events: "
-            "open it in Perfetto or chrome://tracing.",
-            "FILE",
-            unset="nothing is written",
-            panel="Several processes",
-        ),
-    ] = None
-    worker_timeout_s: Annotated[
-        float,
-        Flag(
-            "How long a batch may take before a process that does not answer counts as lost.",
-            "TIME",
-            name="worker_timeout",
-            parse=parse_duration,
-            panel="Several processes",
-        ),
-    ] = 60.0
     seed: Annotated[
         int,
         Flag("Seeds the requests that bring no seed of their own.", "SEED"),
@@ -191,7 +124,7 @@ class EngineSettings(SchedulingSettings):
 
     def __post_init__(self) -> None:
         check_types(self)
-        SchedulingSettings.__post_init__(self)
+        ParallelSettings.__post_init__(self)
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the demo model")
         if self.revision is not None and self.model is None:
@@ -203,26 +136,7 @@ class EngineSettings(SchedulingSettings):
         check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
         check_range("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         check_range("threads", self.threads, 1)
-        check_range("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_PROCESSES)
-        check_range("pipeline_parallel_size", self.pipeline_parallel_size, 1, MAX_PROCESSES)
-        check_choice("distributed_executor", self.distributed_executor, DISTRIBUTED_EXECUTORS)
-        check_range("worker_timeout_s", self.worker_timeout_s, 1)
-        if self.trace_file is not None and not self.uses_processes:
-            raise ConfigError(
-                f"trace_file is {self.trace_file}, but there is one process, which is never idle "
-                "while there is work: give pipeline_parallel_size too"
-            )
         check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
-
-    @property
-    def num_processes(self) -> int:
-        """That the model runs in."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
-
-    @property
-    def uses_processes(self) -> bool:
-        """Whether the model runs in others than this one."""
-        return self.num_processes > 1 or self.distributed_executor != "mp"
 
     @property
     def threads_each(self) -> int:
