@@ -182,12 +182,11 @@ class Decoder:
     def _load_norm(self, weights: NormWeights | None) -> Norm:
         if weights is None:
             return no_norm
-        weight, bias = (
-            self._place(self._reader.floats(f"{weights.name}.{kind}", (weights.size,)))
-            if kind == "weight" or weights.has_bias
-            else None
-            for kind in ("weight", "bias")
-        )
+        shape = (weights.size,)
+        weight = self._place(self._reader.floats(f"{weights.name}.weight", shape))
+        bias = None
+        if weights.has_bias:
+            bias = self._place(self._reader.floats(f"{weights.name}.bias", shape))
         return make_norm(self.config.norm, weight, bias, self.config.norm_eps)
 
     def _place(self, read: torch.Tensor) -> torch.Tensor:
