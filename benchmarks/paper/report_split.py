@@ -26,9 +26,9 @@ SPLIT_WHYS = {  # by rate
 BUBBLES = """\
 What the stages of TP4 x PP2 do at {:g} requests/s, under relaxed budgets. PB1: prefills of
 different lengths follow each other; PB2: a prefill beside decodes; PB3: contexts alone differ. The
-paper gives no numbers but the bubble above. `vllm` idles twice as long as `sarathi`. Small and equal
-iterations leave the fewest: at 0.8 requests/s PB1 and PB2 are 10 % of the time with 512 tokens, 16 %
-with 2,048 and 26 % with a target of 1 s.
+paper gives no numbers but the bubble above. `vllm` idles twice as long as `sarathi`. Small and
+equal iterations leave the fewest: at 0.8 requests/s PB1 and PB2 are 10 % of the time with 512
+tokens, 16 % with 2,048 and 26 % with a target of 1 s.
 """
 ABLATION = """\
 ## Ablation (simulated)
