@@ -85,6 +85,8 @@ def main() -> int:
         "machine": machine_facts(),
         "targets_s": TARGETS_S,
         "requests": options.requests,
+        "precision": options.precision,
+        "note": "",  # for people: what of it is not of this run
         "capacities": found,
     }
     options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ CAPACITY = """\
 
 The demo model on this machine, lengths of openchat_sharegpt4 scaled to 600 tokens, and targets of 5
 and 25 times a decode iteration of eight answers. Requests per second; one seed, at least {}
-requests and a minute of arrivals, to 10 % (`{}`).
+requests and a minute of arrivals, to {:.0%} (`{}`). {}
 """
 CLIENTS = """\
 ## Two load generators (live)
@@ -122,8 +122,9 @@ def capacity(live: dict[str, Any]) -> list[str]:
         for name, own in live["capacity"]["capacities"].items()
     ]
     head = ["scheduler", *(f"{name}, {value * 1000:,.0f} ms" for name, value in targets.items())]
-    text = CAPACITY.format(live["capacity"]["requests"], live["capacity"]["command"])
-    return [text, table(head, rows)]
+    own = live["capacity"]
+    text = CAPACITY.format(*(own[key] for key in ("requests", "precision", "command")), own["note"])
+    return [text.replace(" \n", "\n"), table(head, rows)]
 
 
 def _rate(seed: dict[str, Any]) -> str:

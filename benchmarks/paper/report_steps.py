@@ -43,8 +43,7 @@ ITERATION_WHYS = {
     "LLaMA2-70B": "reading weights and KV at 80 % of the bandwidth takes ours; the rest must be "
     "spent beside the devices: the artifact's overhead (0.78 ms a layer, 1 ms a request) is 94 ms",
     "Falcon-180B": "as above: the bytes take ours, the prototype's processor the rest",
-    "bubble": "the published decodes take 200 ms, not 37 a stage (as above), and PCIe is slower "
-    "here than the paper's machine seems to be",
+    "bubble": "with 37 ms a stage for the decodes (above), the published prompt would leave 1,113",
 }
 
 
