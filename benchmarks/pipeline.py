@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from live_load import Load
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = (32, 64, 128, 512, 1024)  # tokens, drawn at random
 ANSWERS = (16, 64, 128)
 LONG_PROMPT = 8192
-SEED = 0
+NUM_REQUESTS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,69 +102,20 @@ def run(case: Case, seconds: float) -> dict[str, Any]:
     """What an engine does while 24 requests are in it, after a sixth of the time to get there."""
     print(f"{case.name}: {seconds:g} s", file=sys.stderr)
     engine = build_engine(settings_of(case))
-    load = Load(engine, random.Random(SEED))
+    load = Load(engine, PROMPTS, ANSWERS, NUM_REQUESTS)
     load.run(seconds / 6)
     load.forget()
     before, started = uses(engine), time.monotonic()
     load.run(seconds)
     elapsed_s, after = time.monotonic() - started, uses(engine)
     engine.close()
-    gaps = sorted(load.gaps)
     return {
         "case": asdict(case),
         "tokens_per_s": load.num_tokens / elapsed_s,
-        "tbt_p50_s": gaps[len(gaps) // 2],
-        "tbt_p99_s": gaps[int(len(gaps) * 0.99)],
+        "tbt_p50_s": load.percentile(0.5),
+        "tbt_p99_s": load.percentile(0.99),
         "stages": [_difference(*pair) for pair in zip(before, after, strict=True)],
     }
-
-
-class Load:
-    """Requests of random lengths, as many at any time as given.
-
-    Attributes:
-        gaps: seconds between tokens of one answer.
-        num_tokens: of prompts that were read to their end, and of answers.
-    """
-
-    def __init__(self, engine: Engine, rng: random.Random, num_requests: int = 24) -> None:
-        self._engine, self._random, self._num_requests = engine, rng, num_requests
-        self._prompts: dict[str, int] = {}  # tokens of each request's
-        self._last_at: dict[str, float] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        """Count from now on."""
-        self.gaps: list[float] = []
-        self.num_tokens = 0
-
-    def run(self, seconds: float) -> None:
-        """Run iterations for so long."""
-        until = time.monotonic() + seconds
-        scheduler = self._engine.scheduler
-        while time.monotonic() < until:
-            while len(scheduler.running) + len(scheduler.waiting) < self._num_requests:
-                self._add()
-            for delta in self._engine.step():
-                self._count(delta.request_id, len(delta.token_ids))
-
-    def _add(self) -> None:
-        name = str(len(self._prompts))
-        length = self._prompts[name] = self._random.choice(PROMPTS)
-        prompt = [self._random.randrange(1000, 100_000) for _ in range(length)]
-        params = SamplingParams(
-            temperature=0, max_tokens=self._random.choice(ANSWERS), ignore_eos=True
-        )
-        self._engine.add(name, prompt, params)
-
-    def _count(self, name: str, num_tokens: int) -> None:
-        now = time.monotonic()
-        if name in self._last_at:
-            self.gaps.append(now - self._last_at[name])
-        else:
-            self.num_tokens += self._prompts[name]
-        self.num_tokens += num_tokens
-        self._last_at[name] = now
 
 
 def uses(engine: Engine) -> list[StageUse]:

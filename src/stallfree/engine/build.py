@@ -25,6 +25,7 @@ from stallfree.engine.settings import EngineSettings
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
 from stallfree.executor.distributed import DistributedPipeline
+from stallfree.executor.launch import Launcher
 from stallfree.executor.output import Executor
 from stallfree.kernels.int8_matmul import ROWS as INT8_TILE_TOKENS
 from stallfree.model.config import ModelConfig
@@ -37,8 +38,15 @@ TILE_TOKENS = {"int8": INT8_TILE_TOKENS, "cpu": 16, "cuda": 128}
 DEVICES = ("cpu", "cuda")
 
 
-def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Engine:
-    """Load the model and make an engine for it. Progress goes to stderr, if that is a terminal.
+def build_engine(
+    settings: EngineSettings, *, show_progress: bool = True, launcher: Launcher | None = None
+) -> Engine:
+    """Load the model and make an engine for it.
+
+    Args:
+        settings: of the engine.
+        show_progress: on stderr, if that is a terminal.
+        launcher: starts the processes of the model, if there are several; None as settings say.
 
     Raises:
         ConfigError: the settings do not go together, or with this machine.
@@ -58,7 +66,15 @@ def build_engine(settings: EngineSettings, *, show_progress: bool = True) -> Eng
     context = _context(settings, config)
     computation = Computation(arithmetic, str(device), settings.threads_each, context)
     usual = settings.token_budget or TOKEN_BUDGETS[kind]
-    model = load_model(settings, source, config, computation, usual, show_progress=show_progress)
+    model = load_model(
+        settings,
+        source,
+        config,
+        computation,
+        usual,
+        show_progress=show_progress,
+        launcher=launcher,
+    )
     token_bytes = model.footprint.kv_bytes_per_token
     pool = BlockPool(_num_blocks(settings, token_bytes, context, device), settings.block_size)
     executor = model.make_executor(pool)

@@ -91,6 +91,7 @@ def load_model(
     tokens: int,
     *,
     show_progress: bool,
+    launcher: Launcher | None = None,
 ) -> LoadedModel:
     """Load a model as the settings say.
 
@@ -101,6 +102,7 @@ def load_model(
         computation: how it runs, in each process.
         tokens: of a usual batch.
         show_progress: on stderr, if that is a terminal.
+        launcher: starts processes; None as the settings say.
 
     Raises:
         ConfigError: the model cannot be split as asked.
@@ -110,7 +112,8 @@ def load_model(
     with progress(show_progress) as bar:
         if settings.uses_processes:
             parts = _parts(settings, config, tokens)
-            return _start_processes(settings, source, parts, computation, bar)
+            launcher = launcher or _launcher(settings, computation)
+            return _start_processes(settings, source, parts, computation, bar, launcher)
         return _load_here(source, config, computation, bar)
 
 
@@ -138,6 +141,7 @@ def _start_processes(
     parts: list[ModelPart],
     computation: Computation,
     bar: Progress,
+    launcher: Launcher,
 ) -> LoadedModel:
     if computation.arithmetic.int8:
         _rounded(source, bar)  # once, before all of them look for it
@@ -158,7 +162,7 @@ def _start_processes(
     bar.add_task(f"starting {len(specs)} processes of {source.name}", total=None)
     pipeline = DistributedPipeline(
         specs,
-        _launcher(settings, computation),
+        launcher,
         timeout_s=settings.worker_timeout_s,
         log=StageLog(settings.pipeline_parallel_size, settings.trace_file),
     )

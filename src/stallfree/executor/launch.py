@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -70,13 +71,17 @@ class LocalProcess:
 
     It is a new Python that shares nothing with this one but the connection: it runs nothing of the
     user's own script, and holds no other worker's connection open. Ctrl-C does not reach it.
+
+    Args:
+        spec: of the worker.
+        prefix: a command that runs it, such as `ip netns exec`.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, prefix: Sequence[str] = ()) -> None:
         self.connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stallfree.executor.worker", str(theirs.fileno())],
+                [*prefix, sys.executable, "-m", "stallfree.executor.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
