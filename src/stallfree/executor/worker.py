@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,7 +28,7 @@ from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready,
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_cache import int8_weights
-from stallfree.model.loading import Footprint, compile_kernels, load_decoder
+from stallfree.model.loading import Computation, Footprint, compile_kernels, load_decoder
 from stallfree.model.peers import Alone, GroupPeers, LostContactError, Peers, contact
 from stallfree.model.source import open_model
 
@@ -64,6 +64,16 @@ class _Arrived:
         return self.hidden
 
 
+def _on_own_device(spec: WorkerSpec) -> Computation:
+    """How the worker computes, on one GPU of its own if it is on GPUs; untested there."""
+    computation = spec.computation
+    if not computation.device.startswith("cuda"):
+        return computation
+    device = f"cuda:{spec.rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    return replace(computation, device=device)
+
+
 class _Worker:
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
@@ -82,7 +92,8 @@ class _Worker:
         config, weights = ModelConfig.from_hf(source.hf_config), source.weights
         if spec.computation.arithmetic.int8:
             weights = int8_weights(source.path, weights)
-        decoder = load_decoder(config, weights, spec.computation, spec.part, self._peers)
+        computation = _on_own_device(spec)
+        decoder = load_decoder(config, weights, computation, spec.part, self._peers)
         del source, weights
         compile_kernels(decoder)
         self._new_hidden = decoder.new_hidden
