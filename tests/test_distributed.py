@@ -15,8 +15,10 @@ import pytest
 from engine_fixtures import GREEDY, PROMPTS, tiny_settings
 
 from stallfree import LLM, SamplingParams
+from stallfree.core.batch import Batch, Chunk
+from stallfree.core.request import Request
 from stallfree.engine.settings import EngineSettings
-from stallfree.errors import ConfigError, WorkersLostError
+from stallfree.errors import ConfigError, ExecutorError, WorkersLostError
 from stallfree.executor.distributed import DistributedPipeline
 from stallfree.executor.launch import LocalProcess
 
@@ -150,6 +152,21 @@ def test_a_lost_process_is_named(tmp_path: Path, rank: int, how: signal.Signals)
         with pytest.raises(WorkersLostError, match=rf"rank {rank} \(layers .*{expected}"):
             until(two.engine.step)
         assert all(not alive(worker.pid) for worker in own)
+
+
+def test_a_batch_that_fails_in_one_stage_fails_alone(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    with running(settings) as one:
+        expected = tokens(one, [GREEDY] * 4)
+    with running(settings, pipeline_parallel_size=2) as two:
+        pipeline = two.engine.executor
+        unknown = Request("bad", [10**6], GREEDY, max_tokens=1)
+        unknown.block_table = [0]
+        batch = Batch([Chunk(unknown, 0, 1, True, False)])
+        for _ in range(5):  # the first stage fails, and the second computes zeros
+            with pytest.raises(ExecutorError, match=r"rank 0 .*failed:\n(.|\n)*IndexError"):
+                pipeline.execute(batch)
+        assert tokens(two, [GREEDY] * 4) == expected
 
 
 def test_what_lost_processes_held_is_computed_again(tmp_path: Path) -> None:

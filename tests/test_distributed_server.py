@@ -116,19 +116,21 @@ def test_answers_survive_ten_kills_at_random_moments(tmp_path: Path) -> None:
             each.start()
         seen: set[int] = set()
         for _ in range(KILLS):
-            before = num_answers[0]
-            while num_answers[0] < before + 3:  # all of the last restart is over
-                time.sleep(0.05)
-            time.sleep(rng.random() / 4)
-            own = workers(process.pid)
+            time.sleep(rng.random() * 8)  # while it answers, or starts them anew
+            while not (own := workers(process.pid)):
+                time.sleep(0.01)
             seen |= set(own)
             os.kill(rng.choice(own), signal.SIGKILL)
+        before = num_answers[0]
+        while num_answers[0] < before + len(prompts):
+            assert any(each.is_alive() for each in clients)
+            time.sleep(0.05)
         stop.set()
         for each in clients:
             each.join(120)
         assert not any(each.is_alive() for each in clients)
         assert wrong == []
-        assert len(seen) == 2 * KILLS
+        assert len(seen) > KILLS
         process.terminate()
         assert process.wait(60) == 0
         assert gone(sorted(seen))

@@ -74,7 +74,7 @@ def test_a_cluster_without_room_is_refused(
     settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stallfree.executor.ray_launch._PLACEMENT_TIMEOUT_S", 0.5)
-    with pytest.raises(ConfigError, match=r"no room for 2 processes of \{'CPU': 64\}"):
+    with pytest.raises(ConfigError, match=r"no room for 2 stages of \{'CPU': 64\}"):
         LLM.from_settings(replace(settings, pipeline_parallel_size=2, threads=64))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 import torch
 
@@ -75,62 +76,66 @@ def build_engine(
         show_progress=show_progress,
         launcher=launcher,
     )
-    token_bytes = model.footprint.kv_bytes_per_token
-    pool = BlockPool(_num_blocks(settings, token_bytes, context, device), settings.block_size)
-    executor = model.make_executor(pool)
-    max_model_len = min(context, pool.num_tokens)
-    facts = EngineFacts(
-        model_name=source.name,
-        architecture=config.architecture,
-        vocab_size=config.vocab_size,
-        num_parameters=model.footprint.num_parameters,
-        dtype=arithmetic.name,
-        device=str(device),
-        threads=settings.threads_each,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        pipeline_parallel_size=settings.pipeline_parallel_size,
-        weight_bytes=model.footprint.weight_bytes,
-        kv_cache_bytes=pool.num_tokens * token_bytes,
-        kv_cache_tokens=pool.num_tokens,
-        kv_cache_share=None if settings.kv_cache_memory_bytes else default_share(device),
-        block_size=pool.block_size,
-        scheduler=settings.scheduler,
-        token_budget=_static_tokens(settings, kind),
-        tbt_slo_s=settings.tbt_slo_s,
-        tile_tokens=TILE_TOKENS[kind],
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        load_s=time.monotonic() - started,
-    )
-    scheduler = Scheduler(
-        SchedulerConfig(
-            settings.scheduler,
-            settings.max_num_seqs,
-            max_model_len,
-            num_stages=settings.pipeline_parallel_size,
-            sequence_pipelining=settings.sequence_pipelining,
-            prefill_order=settings.prefill_order,
-            is_fair=settings.fair,
-        ),
-        pool,
-        _budget(executor, pool, facts, show_progress),
-    )
-    return Engine(
-        scheduler,
-        executor,
-        WallClock(),
-        tokenizer,
-        facts,
-        end_token_ids=_end_token_ids(source, tokenizer, config),
-        seed=settings.seed,
-        tiers=settings.tiers,
-        admission=Admission(
-            settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
-        ),
-        pipeline=executor if isinstance(executor, DistributedPipeline) else None,
-        restarts=settings.restart_workers,
-        iteration_file=iteration_file,
-    )
+    with ExitStack() as undo:
+        undo.callback(model.close)
+        token_bytes = model.footprint.kv_bytes_per_token
+        pool = BlockPool(_num_blocks(settings, token_bytes, context, device), settings.block_size)
+        executor = model.make_executor(pool)
+        max_model_len = min(context, pool.num_tokens)
+        facts = EngineFacts(
+            model_name=source.name,
+            architecture=config.architecture,
+            vocab_size=config.vocab_size,
+            num_parameters=model.footprint.num_parameters,
+            dtype=arithmetic.name,
+            device=str(device),
+            threads=settings.threads_each,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
+            weight_bytes=model.footprint.weight_bytes,
+            kv_cache_bytes=pool.num_tokens * token_bytes,
+            kv_cache_tokens=pool.num_tokens,
+            kv_cache_share=None if settings.kv_cache_memory_bytes else default_share(device),
+            block_size=pool.block_size,
+            scheduler=settings.scheduler,
+            token_budget=_static_tokens(settings, kind),
+            tbt_slo_s=settings.tbt_slo_s,
+            tile_tokens=TILE_TOKENS[kind],
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            load_s=time.monotonic() - started,
+        )
+        scheduler = Scheduler(
+            SchedulerConfig(
+                settings.scheduler,
+                settings.max_num_seqs,
+                max_model_len,
+                num_stages=settings.pipeline_parallel_size,
+                sequence_pipelining=settings.sequence_pipelining,
+                prefill_order=settings.prefill_order,
+                is_fair=settings.fair,
+            ),
+            pool,
+            _budget(executor, pool, facts, show_progress),
+        )
+        engine = Engine(
+            scheduler,
+            executor,
+            WallClock(),
+            tokenizer,
+            facts,
+            end_token_ids=_end_token_ids(source, tokenizer, config),
+            seed=settings.seed,
+            tiers=settings.tiers,
+            admission=Admission(
+                settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
+            ),
+            pipeline=executor if isinstance(executor, DistributedPipeline) else None,
+            restarts=settings.restart_workers,
+            iteration_file=iteration_file,
+        )
+        undo.pop_all()
+    return engine
 
 
 def _static_tokens(settings: EngineSettings, kind: str) -> int | None:

@@ -25,6 +25,8 @@ from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import EngineError, InvalidRequestError, WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
 
+_RESTARTS = 5  # attempts to start workers anew, as those may be lost too
+
 logger = logging.getLogger(__name__)
 first_token_logger = logging.getLogger("stallfree.first_token")
 
@@ -208,6 +210,8 @@ class Engine:
                 raise error
             logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
             return self._fail(batch, error)
+        if self._losses is not None:
+            self._losses.forget(batch)
         deltas = self._report(batch, iteration.output)
         if not self.has_requests:
             self._note_room()
@@ -227,10 +231,21 @@ class Engine:
         if self._losses is None or self._workers is None:
             raise error
         logger.error("the workers are started anew: %s", error)
-        self._workers.restart()
+        self._restart(self._workers)
         message = f"the workers that ran this request were lost again and again: {error}"
         own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
         return [self._failure(each, message) for each in own if each is not None]
+
+    def _restart(self, workers: WorkerPipeline) -> None:
+        """Begin anew, again if a worker is lost even while it starts."""
+        for attempt in range(_RESTARTS):
+            try:
+                workers.restart()
+                return
+            except WorkersLostError as error:
+                if attempt == _RESTARTS - 1:
+                    raise
+                logger.error("the workers are started anew again: %s", error)
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():

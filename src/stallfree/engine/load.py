@@ -37,6 +37,10 @@ class LoadedModel(Protocol):
         """What it takes, wherever that is."""
         ...
 
+    def close(self) -> None:
+        """End the processes that were started for it."""
+        ...
+
     def make_executor(self, pool: BlockPool) -> TorchExecutor | DistributedPipeline:
         """Allocate the KV cache; what runs batches with it.
 
@@ -56,6 +60,9 @@ class _Here:
     def footprint(self) -> Footprint:
         return Footprint.of(self.decoder)
 
+    def close(self) -> None:
+        pass
+
     def make_executor(self, pool: BlockPool) -> TorchExecutor:
         try:
             cache = self.decoder.make_cache(pool.num_blocks, pool.block_size)
@@ -74,11 +81,13 @@ class _InProcesses:
     def footprint(self) -> Footprint:
         return self.pipeline.footprint
 
+    def close(self) -> None:
+        self.pipeline.close()
+
     def make_executor(self, pool: BlockPool) -> DistributedPipeline:
         try:
             self.pipeline.make_cache(pool.num_blocks, pool.block_size)
         except MemoryError as error:
-            self.pipeline.close()
             raise _no_memory(pool, self.footprint) from error
         return self.pipeline
 
@@ -112,8 +121,9 @@ def load_model(
     with progress(show_progress) as bar:
         if settings.uses_processes:
             parts = _parts(settings, config, tokens)
+            log = StageLog(settings.pipeline_parallel_size, settings.trace_file)
             launcher = launcher or _launcher(settings, computation)
-            return _start_processes(settings, source, parts, computation, bar, launcher)
+            return _start_processes(settings, source, parts, computation, bar, launcher, log)
         return _load_here(source, config, computation, bar)
 
 
@@ -142,6 +152,7 @@ def _start_processes(
     computation: Computation,
     bar: Progress,
     launcher: Launcher,
+    log: StageLog,
 ) -> LoadedModel:
     if computation.arithmetic.int8:
         _rounded(source, bar)  # once, before all of them look for it
@@ -152,7 +163,7 @@ def _start_processes(
             part=part,
             previous=None if part.is_first else rank - part.tp_size,
             following=None if part.is_last else rank + part.tp_size,
-            model=str(source.path),
+            model=str(source.path.resolve()),
             computation=computation,
             store=("", 0),
             timeout_s=settings.worker_timeout_s,
@@ -164,7 +175,7 @@ def _start_processes(
         specs,
         launcher,
         timeout_s=settings.worker_timeout_s,
-        log=StageLog(settings.pipeline_parallel_size, settings.trace_file),
+        log=log,
     )
     return _InProcesses(pipeline)
 
@@ -174,7 +185,12 @@ def _launcher(settings: EngineSettings, computation: Computation) -> Launcher:
     if settings.distributed_executor == "mp":
         return LocalLauncher()
     is_cuda = computation.device.startswith("cuda")
-    return RayLauncher(settings.num_processes, computation.threads, is_cuda=is_cuda)
+    return RayLauncher(
+        settings.pipeline_parallel_size,
+        settings.tensor_parallel_size,
+        computation.threads,
+        is_cuda=is_cuda,
+    )
 
 
 def _parts(settings: EngineSettings, config: ModelConfig, tokens: int) -> list[ModelPart]:

@@ -11,10 +11,15 @@ MOST_LOSSES = 3
 
 
 class Losses:
-    """Counts the losses of each request while it lives."""
+    """Counts how often each request was in flight at a loss, since it last got on."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+
+    def forget(self, batch: Batch) -> None:
+        """A batch came back: its requests are not the cause."""
+        for chunk in batch.chunks:
+            self._counts.pop(chunk.request.request_id, None)
 
     def note(self, lost: Iterable[Batch]) -> list[str]:
         """Ids of the requests that were in flight in `MOST_LOSSES` losses, this one included.

@@ -98,6 +98,16 @@ class ParallelSettings(SchedulingSettings):
                 f"trace_file is {self.trace_file}, but there is one process, which is never idle "
                 "while there is work: give pipeline_parallel_size too"
             )
+        if self.trace_file is not None and self.distributed_executor == "ray":
+            raise ConfigError(
+                f"trace_file is {self.trace_file}; it compares clocks, so all processes must be on "
+                "this machine: use distributed_executor mp"
+            )
+        if self.restart_workers and not self.uses_processes:
+            raise ConfigError(
+                "restart_workers is given, but the model runs in this process alone: give "
+                "pipeline_parallel_size too"
+            )
 
     @property
     def num_processes(self) -> int:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -36,22 +36,38 @@ Message = Loaded | Ready
 _Answer = TypeVar("_Answer", Loaded, Ready)
 
 
-class _Outbox:
-    """Sends to one worker from a thread of its own, as a stopped worker reads nothing."""
+class _Line:
+    """The line to one worker: threads send and receive, as a stopped worker does neither.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    Args:
+        connection: to the worker.
+        on_message: called with each message; with None when the worker has ended.
+    """
+
+    def __init__(self, connection: Connection, on_message: Callable[[Any], None]) -> None:
+        self._connection, self._on_message = connection, on_message
         self._payloads: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="stallfree-outbox", daemon=True).start()
+        for work in (self._send, self._receive):
+            threading.Thread(target=work, name="stallfree-line", daemon=True).start()
 
-    def put(self, payload: bytes | None) -> None:
-        """Send pickled bytes; None ends the thread."""
+    def put(self, payload: bytes) -> None:
+        """Send a pickled message."""
         self._payloads.put(payload)
 
-    def _run(self) -> None:
-        with suppress(OSError):  # it has ended, which whoever reads from it notices
+    def close(self) -> None:
+        """End the sending thread; the other ends with the worker."""
+        self._payloads.put(None)
+
+    def _send(self) -> None:
+        with suppress(OSError, TypeError):  # it has ended, which the other thread says
             while (payload := self._payloads.get()) is not None:
                 self._connection.send_bytes(payload)
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError, TypeError):
+            while True:
+                self._on_message(self._connection.recv())
+        self._on_message(None)
 
 
 class DistributedPipeline:
@@ -68,26 +84,25 @@ class DistributedPipeline:
     """
 
     def __init__(
-        self,
-        specs: Sequence[WorkerSpec],
-        launcher: Launcher,
-        *,
-        timeout_s: float,
-        log: StageLog,
+        self, specs: Sequence[WorkerSpec], launcher: Launcher, *, timeout_s: float, log: StageLog
     ) -> None:
         self._specs = list(specs)
         self._launcher = launcher
         self._timeout_s = timeout_s
+        self._start_timeout_s = START_TIMEOUT_S
         self.log = log
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
         self._workers: list[WorkerProcess] = []
-        self._outboxes: list[_Outbox] = []
+        self._lines: list[_Line] = []
+        started = time.monotonic()
         try:
             self.footprint = self._start()
         except BaseException:
             self.close()
             raise
+        # nothing is compiled or fetched when they start again
+        self._start_timeout_s = timeout_s + 3 * (time.monotonic() - started)
 
     @property
     def num_stages(self) -> int:
@@ -108,15 +123,14 @@ class DistributedPipeline:
         """
         self._make_cache = MakeCache(num_blocks, block_size)
         self._tell_all(self._make_cache)
-        for rank, ready in self._hear_all(Ready).items():
-            if ready.error is not None:
-                raise MemoryError(f"{self._specs[rank].name}: {ready.error}")
+        self._hear_all(Ready)
 
     def submit(self, batch: Batch) -> None:
         """Send a batch through the stages."""
-        self.log.submitted(self._num_submitted, batch, time.monotonic())
-        self._in_flight.append(self._num_submitted)
-        self._tell_all(Run(self._num_submitted, step_of(batch)))
+        run = Run(self._num_submitted, step_of(batch))
+        self.log.submitted(run.step_id, batch, time.monotonic())
+        self._tell_all(run)
+        self._in_flight.append(run.step_id)
         self._num_submitted += 1
 
     def collect(self) -> ExecutorOutput:
@@ -128,9 +142,8 @@ class DistributedPipeline:
         """
         step_id = self._in_flight.popleft()
         deadline = time.monotonic() + self._timeout_s
-        while step_id not in self._outputs:
+        while min(self._num_done.values()) <= step_id:  # whichever failed says so itself
             self._hear(deadline, partial(self._silent, step_id))
-        self._hear(0, str)  # what failed in another stage was said before the last one was done
         output, errors = self._outputs.pop(step_id), self._errors.pop(step_id, {})
         if errors:
             rank, text = min(errors.items())
@@ -153,7 +166,8 @@ class DistributedPipeline:
         Raises:
             WorkersLostError: one has.
         """
-        self._hear(0, str)
+        while not self._inbox.empty():
+            self._hear(time.monotonic() + 1, str)
 
     def restart(self) -> None:
         """Start all workers anew; their KV is lost.
@@ -172,13 +186,6 @@ class DistributedPipeline:
         self._launcher.close()
         self.log.close()
 
-    def _end_workers(self) -> None:
-        for outbox in self._outboxes:
-            outbox.put(None)
-        for worker in self._workers:
-            worker.kill()
-        self._workers, self._outboxes = [], []
-
     def _start(self) -> Footprint:
         self._num_submitted = 0
         self.log.restarted()
@@ -187,15 +194,17 @@ class DistributedPipeline:
         self._broken: str | None = None  # what one said that could not reach another
         self._outputs: dict[int, ExecutorOutput | None] = {}
         self._errors: dict[int, dict[int, str]] = {}  # tracebacks, by batch and rank
+        self._inbox: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         host = self._launcher.host
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         address = (host, self._store.port)
         self._specs = [replace(spec, store=address) for spec in self._specs]
+        inbox = self._inbox
         try:
             for spec in self._specs:
                 worker = self._launcher.start(spec)
                 self._workers.append(worker)
-                self._outboxes.append(_Outbox(worker.connection))
+                self._lines.append(_Line(worker.connection, partial(_post, inbox, spec.rank)))
             footprints = [each.footprint for each in self._hear_all(Loaded).values()]
         except BaseException:
             self._end_workers()
@@ -206,61 +215,73 @@ class DistributedPipeline:
             sum(each.kv_bytes_per_token for each in footprints),
         )
 
+    def _end_workers(self) -> None:
+        for line in self._lines:
+            line.close()
+        for worker in self._workers:
+            worker.kill()
+        self._workers, self._lines = [], []
+
     def _tell_all(self, message: MakeCache | Run) -> None:
         payload = bytes(ForkingPickler.dumps(message))
-        for outbox in self._outboxes:
-            outbox.put(payload)
+        try:
+            for line in self._lines:
+                line.put(payload)
+        except BaseException:  # some have it, some have not
+            self._end_workers()
+            raise
 
     def _hear_all(self, kind: type[_Answer]) -> dict[int, _Answer]:
         """One message of a kind from every worker."""
         heard: dict[int, _Answer] = {}
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self._start_timeout_s
 
         def silent() -> str:
             missing = next(spec for spec in self._specs if spec.rank not in heard)
-            return f"{missing.name} has not started within {START_TIMEOUT_S:g} s"
+            return f"{missing.name} has not started within {self._start_timeout_s:.0f} s"
 
-        while len(heard) < len(self._workers):
-            for rank, message in self._hear(deadline, silent):
-                assert isinstance(message, kind), f"{message} came instead of {kind}"
-                heard[rank] = message
+        while len(heard) < len(self._specs):
+            answer = self._hear(deadline, silent)
+            if answer is None:
+                continue
+            rank, message = answer
+            if isinstance(message, Ready) and message.error is not None:
+                self._end_workers()
+                raise MemoryError(f"{self._specs[rank].name}: {message.error}")
+            assert isinstance(message, kind), f"{message} came instead of {kind}"
+            heard[rank] = message
         return heard
 
-    def _hear(self, deadline: float, silent: Callable[[], str]) -> list[tuple[int, Message]]:
-        """What workers say next, batches that are done aside: those are taken note of.
+    def _hear(self, deadline: float, silent: Callable[[], str]) -> tuple[int, Message] | None:
+        """What a worker says next; None if that was of a batch, which is taken note of.
 
-        With a deadline that has passed it does not wait. If one could not reach another, it waits
-        a moment for which of them that was.
+        If one could not reach another, it waits a moment for which of them that was.
 
         Raises:
             WorkersLostError: one has ended; or all are silent until the deadline, with `silent()`.
         """
+        if not self._workers:
+            raise WorkersLostError("the processes of the model have ended")
         if self._broken is not None:
             deadline = min(deadline, time.monotonic() + _CULPRIT_S)
-        ranks = {worker.connection: rank for rank, worker in enumerate(self._workers)}
-        left_s = deadline - time.monotonic()
-        ready = wait(list(ranks), max(0.0, left_s))
-        if not ready and left_s > 0:
-            raise self._lost(self._broken or silent())
-        others = []
-        for connection in ready:
-            assert isinstance(connection, Connection)
-            rank = ranks[connection]
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):
+        try:
+            rank, message = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise self._lost(self._broken or silent()) from None
+        name = self._specs[rank].name
+        match message:
+            case None:
                 how = self._workers[rank].how_it_ended()
-                raise self._lost(f"{self._specs[rank].name} was lost: {how}") from None
-            if isinstance(message, Crashed) and message.by_others:
-                self._broken = f"{self._specs[rank].name} lost contact:\n{message.traceback}"
-            elif isinstance(message, Crashed):
-                text = f"{self._specs[rank].name} failed:\n{message.traceback}"
-                raise self._lost(text)
-            elif isinstance(message, Done):
+                raise self._lost(f"{name} was lost: {how}")
+            case Crashed(by_others=True):
+                self._broken = f"{name} lost contact:\n{message.traceback}"
+            case Crashed():
+                raise self._lost(f"{name} failed:\n{message.traceback}")
+            case Done():
                 self._note(rank, message)
-            else:
-                others.append((rank, message))
-        return others
+            case _:
+                return rank, message
+        return None
 
     def _note(self, rank: int, done: Done) -> None:
         """A batch went through a worker."""
@@ -274,11 +295,17 @@ class DistributedPipeline:
             self.log.ran(rank // part.tp_size, done.step_id, done.started_s, done.ended_s)
 
     def _silent(self, step_id: int) -> str:
-        """Who holds up a batch: the first of those that it has not gone through."""
-        rank = next(spec.rank for spec in self._specs if self._num_done[spec.rank] <= step_id)
-        return f"{self._specs[rank].name} has not answered for {self._timeout_s:g} s"
+        """Who holds up a batch: the first stage that it has not gone through."""
+        waiting = [spec for spec in self._specs if self._num_done[spec.rank] <= step_id]
+        stage = [each for each in waiting if each.part.layers == waiting[0].part.layers]
+        names = " or ".join(each.name for each in stage)
+        return f"{names} has not answered for {self._timeout_s:g} s"
 
     def _lost(self, message: str) -> WorkersLostError:
         """End what is left of the workers: they cannot run without each other."""
         self._end_workers()
         return WorkersLostError(message)
+
+
+def _post(inbox: queue.SimpleQueue[tuple[int, Any]], rank: int, message: Any) -> None:
+    inbox.put((rank, message))

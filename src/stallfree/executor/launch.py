@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,6 +86,7 @@ class LocalProcess:
                 [*prefix, sys.executable, "-m", "stallfree.executor.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={"GLOO_SOCKET_IFNAME": _loopback(), **os.environ},
                 process_group=0,
             )
         self.connection.send(spec)
@@ -108,3 +111,9 @@ class LocalProcess:
         self._process.kill()
         self._process.wait()
         self.connection.close()
+
+
+def _loopback() -> str:
+    """The interface on which processes of one machine reach each other."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name in ("lo", "lo0")), names[0])

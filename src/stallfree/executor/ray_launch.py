@@ -9,6 +9,9 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
+import time
+from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
@@ -17,15 +20,19 @@ from stallfree.executor.messages import WorkerSpec
 from stallfree.executor.worker import main
 
 _PLACEMENT_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 120.0  # importing PyTorch on a busy machine
 _POLL_S = 0.5
 
 
 class RayLauncher:
     """Reserves room in a running cluster (`ray start`), and starts workers there.
 
+    The shares of a stage are on one machine; stages are on several, if there are.
+
     Args:
-        num_workers: of the model.
-        threads: CPUs that each needs.
+        num_stages: of the model's pipeline.
+        tp_size: workers of each stage.
+        threads: CPUs that each worker needs.
         is_cuda: whether each needs a GPU too.
 
     Attributes:
@@ -35,7 +42,7 @@ class RayLauncher:
         ConfigError: Ray is not installed, no cluster runs, or it has no room.
     """
 
-    def __init__(self, num_workers: int, threads: int, *, is_cuda: bool) -> None:
+    def __init__(self, num_stages: int, tp_size: int, threads: int, *, is_cuda: bool) -> None:
         try:
             import ray
             from ray.util.placement_group import placement_group
@@ -52,13 +59,14 @@ class RayLauncher:
                 ) from error
         self._ray = ray
         self.host: str = ray.util.get_node_ip_address()
-        bundle = {"CPU": threads, **({"GPU": 1} if is_cuda else {})}
-        self._bundle = bundle
-        self._group = placement_group([dict(bundle)] * num_workers, strategy="SPREAD")
+        self._needs = {"num_cpus": threads, "num_gpus": int(is_cuda)}
+        bundle = {"CPU": threads * tp_size, **({"GPU": tp_size} if is_cuda else {})}
+        bundles = [dict(bundle) for _ in range(num_stages)]
+        self._group = placement_group(bundles, strategy="SPREAD")
         if not self._group.wait(_PLACEMENT_TIMEOUT_S):
             self._ray.util.remove_placement_group(self._group)
             raise ConfigError(
-                f"the Ray cluster has no room for {num_workers} processes of {bundle} within "
+                f"the Ray cluster has no room for {num_stages} stages of {bundle} within "
                 f"{_PLACEMENT_TIMEOUT_S:g} s: it has {ray.cluster_resources()}"
             )
         self._key = secrets.token_bytes(32)
@@ -78,19 +86,18 @@ class RayLauncher:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         place = PlacementGroupSchedulingStrategy(
-            self._group, placement_group_bundle_index=spec.rank
+            self._group, placement_group_bundle_index=spec.rank // spec.part.tp_size
         )
         task = self._ray.remote(_work).options(
-            num_cpus=self._bundle["CPU"],
-            num_gpus=self._bundle.get("GPU", 0),
+            **self._needs,
             scheduling_strategy=place,
             max_retries=0,
         )
         reference = task.remote(self._listener.address, self._key)
         accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        thread = threading.Thread(target=lambda: accepted.put(self._listener.accept()), daemon=True)
-        thread.start()
-        while True:
+        threading.Thread(target=self._accept, args=(accepted,), daemon=True).start()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
             try:
                 connection = accepted.get(timeout=_POLL_S)
             except queue.Empty:
@@ -98,6 +105,18 @@ class RayLauncher:
                 continue
             connection.send(spec)
             return RayProcess(self._ray, reference, connection)
+        self._ray.cancel(reference, force=True)
+        raise WorkersLostError(
+            f"{spec.name} has not called back within {_START_TIMEOUT_S:g} s: the cluster may have "
+            "lost the machine it was on"
+        )
+
+    def _accept(self, accepted: queue.SimpleQueue[Connection]) -> None:
+        """Wait for a worker to call; others do not know the key."""
+        while True:
+            with suppress(AuthenticationError, EOFError):
+                accepted.put(self._listener.accept())
+                return
 
     def _refuse_if_ended(self, spec: WorkerSpec, reference: Any) -> None:
         ended, _ = self._ray.wait([reference], timeout=0)

@@ -7,6 +7,7 @@ however that ended.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import signal
@@ -32,6 +33,8 @@ from stallfree.model.loading import Computation, Footprint, compile_kernels, loa
 from stallfree.model.peers import Alone, GroupPeers, LostContactError, Peers, contact
 from stallfree.model.source import open_model
 
+_PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
+_MEETING_S = 600.0  # others may have to be started on other machines first
 _TAGS = 1 << 15  # of messages between stages, by the step they belong to
 
 
@@ -55,9 +58,16 @@ class _Arrived:
     run: Run
     hidden: torch.Tensor | None = None
     transfer: Any = None
+    failure: BaseException | None = None
 
     def wait(self) -> torch.Tensor | None:
-        """The hidden states; None for the first stage."""
+        """The hidden states; None for the first stage.
+
+        Raises:
+            LostContactError: the stage before cannot be reached.
+        """
+        if self.failure is not None:
+            raise self.failure
         if self.transfer is not None:
             with contact():
                 self.transfer.wait()
@@ -80,6 +90,7 @@ class _Worker:
         self._arrived: queue.SimpleQueue[_Arrived | MakeCache] = queue.SimpleQueue()
         self._sent: tuple[Any, torch.Tensor] | None = None  # the last transfer and what it reads
         self._peers: Peers = Alone()
+        self._line: Any = None  # the group of those that hidden states are sent to and come from
         self._new_hidden: Callable[[int], torch.Tensor] | None = None
 
     def run(self) -> None:
@@ -104,7 +115,7 @@ class _Worker:
             cache = decoder.make_cache(wanted.num_blocks, wanted.block_size)
         except (RuntimeError, MemoryError) as error:
             self._connection.send(Ready(str(error)))
-            return
+            signal.pause()  # until the driver ends all
         executor = TorchExecutor(decoder, cache)
         self._connection.send(Ready())
         while True:
@@ -116,12 +127,14 @@ class _Worker:
         """Meet the other processes of the model."""
         spec = self._spec
         timeout = timedelta(seconds=2 * spec.timeout_s)  # the driver is to notice first
+        start_timeout = timedelta(seconds=_MEETING_S)
         host, port = spec.store
-        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        store = dist.TCPStore(host, port, is_master=False, timeout=start_timeout)
         backend = "nccl" if spec.computation.device.startswith("cuda") else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=spec.rank, world_size=spec.world_size, timeout=timeout
+            backend, store=store, rank=spec.rank, world_size=spec.world_size, timeout=start_timeout
         )
+        self._line = dist.new_group(timeout=timeout)
         size = spec.part.tp_size
         for first in range(0, spec.world_size, size):  # all take part in making each group
             group = dist.new_group(list(range(first, first + size)), timeout=timeout)
@@ -147,7 +160,12 @@ class _Worker:
             return _Arrived(run)
         assert self._new_hidden is not None, "a batch came before the weights"
         hidden = self._new_hidden(len(run.step.input.token_ids))
-        return _Arrived(run, hidden, dist.irecv(hidden, previous, tag=run.step_id % _TAGS))
+        try:
+            with contact():
+                transfer = dist.irecv(hidden, previous, self._line, tag=run.step_id % _TAGS)
+        except LostContactError as error:  # for the main thread to tell
+            return _Arrived(run, failure=error)
+        return _Arrived(run, hidden, transfer)
 
     def _step(self, executor: TorchExecutor, arrived: _Arrived) -> Done:
         run, output, error = arrived.run, None, None
@@ -179,8 +197,17 @@ class _Worker:
         sent = self._new_hidden(len(run.step.input.token_ids))
         sent.copy_(torch.zeros(1) if hidden is None else hidden)
         following = self._spec.following
-        self._sent = (dist.isend(sent, following, tag=run.step_id % _TAGS), sent)
+        with contact():
+            transfer = dist.isend(sent, following, self._line, tag=run.step_id % _TAGS)
+        self._sent = (transfer, sent)
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process with its parent, even while it is stopped and reads nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     main(Connection(int(sys.argv[1])))
