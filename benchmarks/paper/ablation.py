@@ -36,7 +36,8 @@ def best_rates(rows: Rows) -> dict[str, float]:
     found = {}
     for dataset in PUBLISHED:
         rates = sorted({row["cell"][2] for row in rows if row["cell"][0] == dataset})
-        found[dataset] = min(rates, key=lambda qps: worst_error(rows, dataset, qps))
+        if rates:
+            found[dataset] = min(rates, key=lambda qps: worst_error(rows, dataset, qps))
     return found
 
 

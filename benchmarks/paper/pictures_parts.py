@@ -36,7 +36,12 @@ def draw_step_times(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ("roofline_ms", "roofline", OURS, "s--"),
         ):
             ax.plot(sizes, [row[key] for row in own], style, color=color, label=label, ms=4)
-        ax.set(xscale="log", yscale="log", xlabel=f"tokens of a {file}", ylabel="ms")
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens of a prompt" if file == "prefill" else "decodes",
+            ylabel="ms",
+        )
         ax.legend()
     whole = {}
     own = [row for row in rows if row["file"] == "chunking_overhead"]
