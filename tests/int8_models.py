@@ -47,6 +47,16 @@ MODELS = {  # name: architecture and what differs from the tiny model's shape
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 150, "max_window_layers": 1},
     ),
+    "gemma": (
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "sliding_window": 40,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 48,
+        },
+    ),
 }
 
 

@@ -128,8 +128,8 @@ def test_falcon_shares_a_norm_or_has_two() -> None:
 def test_layers_of_gemma3_are_local_but_for_one_in_six() -> None:
     config = ModelConfig.from_hf(GEMMA_3_1B)
     assert config.sliding_windows[:7] == (512, 512, 512, 512, 512, None, 512)
-    assert config.rope_of(512) == RopeConfig(10_000.0)
-    assert config.rope_of(None) == RopeConfig(1_000_000.0)
+    assert config.ropes == (RopeConfig(1_000_000.0), RopeConfig(10_000.0))
+    assert [config.rope_number(layer) for layer in range(7)] == [1, 1, 1, 1, 1, 0, 1]
     assert config.query_scale == 1 / 16
 
 

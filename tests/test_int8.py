@@ -102,7 +102,6 @@ def test_int8_is_the_default_and_float32_a_choice(tmp_path: Path) -> None:
     [
         ("falcon", {}, "attention and MLP in parallel"),
         ("mixtral", {"num_local_experts": 4}, "a mixture of experts"),
-        ("gemma3_text", {"head_dim": 16}, "norms of the kind 'rms \\+ 1'"),
         ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
     ],
 )

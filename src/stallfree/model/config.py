@@ -81,9 +81,14 @@ class ModelConfig:
         """Numbers that the KV cache keeps of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    def rope_of(self, window: int | None) -> RopeConfig:
-        """The rotary embedding of layers with that sliding window."""
-        return self.rope if window is None or self.window_rope is None else self.window_rope
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings, of which each layer has one."""
+        return (self.rope,) if self.window_rope is None else (self.rope, self.window_rope)
+
+    def rope_number(self, layer: int) -> int:
+        """Which of `ropes` layer `layer` has."""
+        return int(self.window_rope is not None and self.sliding_windows[layer] is not None)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:

@@ -57,12 +57,12 @@ class _Placed:
 
     Attributes:
         slots: int64 (T,), the KV slot that each token is written to.
-        angles: by sliding window (None: none), (T, 2, D), see `Rope.at`.
-        spans: by sliding window, the spans that cover all rows.
+        angles: of each of the model's `ropes`, (T, 2, D), see `Rope.at`.
+        spans: by sliding window (None: none), the spans that cover all rows.
     """
 
     slots: torch.Tensor
-    angles: dict[int | None, torch.Tensor]
+    angles: list[torch.Tensor]
     spans: dict[int | None, list[Span]]
 
 
@@ -96,9 +96,7 @@ class Decoder:
         self.device = torch.device(device)
         self.weight_bytes = 0
         self._reader = WeightReader(config, weights)
-        self._ropes = {
-            window: Rope(config, max_positions, device, window) for window in config.sliding_windows
-        }
+        self._ropes = [Rope(config, rope, max_positions, device) for rope in config.ropes]
         table, head = f"{config.names.embedding}.weight", f"{config.names.head}.weight"
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = self._place(self._reader.floats(table, shape))
@@ -168,12 +166,11 @@ class Decoder:
     def _load_norm(self, weights: NormWeights | None) -> Norm:
         if weights is None:
             return no_norm
-        weight, bias = (
-            self._place(self._reader.floats(f"{weights.name}.{kind}", (weights.size,)))
-            if kind == "weight" or weights.has_bias
-            else None
-            for kind in ("weight", "bias")
-        )
+        shape = (weights.size,)
+        weight = self._place(self._reader.floats(f"{weights.name}.weight", shape))
+        bias = None
+        if weights.has_bias:
+            bias = self._place(self._reader.floats(f"{weights.name}.bias", shape))
         return make_norm(self.config.norm, weight, bias, self.config.norm_eps)
 
     def _place(self, read: torch.Tensor) -> torch.Tensor:
@@ -203,14 +200,14 @@ class Decoder:
 
     def _arrange(self, batch: ModelInput, block_size: int) -> _Placed:
         slots = []
-        spans: dict[int | None, list[Span]] = {window: [] for window in self._ropes}
+        spans: dict[int | None, list[Span]] = {w: [] for w in self.config.sliding_windows}
         for chunk in batch.chunks:
             context = chunk.slots(block_size).to(self.device)
             slots.append(context[chunk.start :])
             for window, of_window in spans.items():
                 of_window += make_spans(chunk.first_row, chunk.start, chunk.stop, context, window)
         positions = batch.positions().to(self.device)
-        angles = {window: rope.at(positions, self.dtype) for window, rope in self._ropes.items()}
+        angles = [rope.at(positions, self.dtype) for rope in self._ropes]
         return _Placed(torch.cat(slots), angles, spans)
 
     def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
@@ -226,8 +223,7 @@ class Decoder:
         qkv = layer.qkv(layer.input_norm(hidden))
         heads = qkv.view(len(qkv), -1, config.head_dim)  # (T, H + 2K, D)
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        q, k = (
-            apply_rope(each, batch.angles[window]) for each in (layer.q_norm(q), layer.k_norm(k))
-        )
+        angles = batch.angles[config.rope_number(index)]
+        q, k = apply_rope(layer.q_norm(q), angles), apply_rope(layer.k_norm(k), angles)
         cache.write(index, batch.slots, k, v)
         return attend(q, cache, index, batch.spans[window], config.query_scale).flatten(1)

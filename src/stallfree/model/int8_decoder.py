@@ -27,6 +27,7 @@ from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
 _HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
+_GATES = {"silu": layers.GATE_SILU, "gelu_pytorch_tanh": layers.GATE_GELU}
 _FIRST_ROWS = 64  # that scratch memory is made for
 
 
@@ -87,14 +88,15 @@ class Int8Decoder:
         self.config = config
         self.kv_dtype = kv_dtype
         self._threads = threads
-        self._rope = Rope(config, max_positions)
+        self._ropes = [Rope(config, rope, max_positions) for rope in config.ropes]
         reader = WeightReader(config, weights)
         loader = _Loader(config, reader, threads)
         head = f"{config.names.head}.weight"
-        self._table = loader.single(f"{config.names.embedding}.weight")
+        table = loader.single(f"{config.names.embedding}.weight")
+        self._table = table._replace(scales=table.scales * np.float32(config.embedding_scale))
         self._layers = loader.all_layers(on_layer)
         self._norm = loader.norm(final_norm(config))
-        self._head = self._table if config.tie_embeddings else loader.single(head)
+        self._head = table if config.tie_embeddings else loader.single(head)
         reader.finish(unused=head if config.tie_embeddings else None)
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
@@ -107,6 +109,7 @@ class Int8Decoder:
             head_width=padded(config.head_dim, LANES),
             epsilon=np.float32(config.norm_eps),
             query_scale=np.float32(math.log2(math.e) * config.query_scale),
+            gate=_GATES[config.activation],
         )
         self._scratch = self._make_scratch(_FIRST_ROWS, 0)
         self._logits = np.empty((0, 0), dtype=np.float32)
@@ -196,7 +199,9 @@ class Int8Decoder:
         work = shapes.Work(
             token_ids=np.array(batch.token_ids, dtype=np.int64),
             slots=slots,
-            angles=self._rope.at(torch.from_numpy(positions), torch.float32).numpy(),
+            angles=np.stack(
+                [rope.at(torch.from_numpy(positions), torch.float32) for rope in self._ropes]
+            ),
             groups=groups,
             items=np.array(items, dtype=np.int64),
             parts=parts,
@@ -243,7 +248,7 @@ class Int8Decoder:
             ).numpy(),
             scales=floats(sliced),
             zeros=np.zeros(sliced, dtype=np.int32),
-            wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner)),
+            wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner, width)),
             queries=floats(rows * heads),
             attended=floats(rows * attended),
             part=floats(num_parts * config.num_heads * head_width),
@@ -279,11 +284,17 @@ class _Loader:
         self._put(made, 0, values, scales)
         return shapes.Product(*(array[0] for array in made))
 
-    def norm(self, norm: NormWeights) -> np.ndarray:
-        """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
+    def norm(self, norm: NormWeights | None, *, of_heads: bool = False) -> np.ndarray:
+        """What a norm multiplies by, float32 (padded hidden,), or (D,); (0,) if there is no norm.
+
+        A copy, so that no file stays mapped for it.
+        """
+        if norm is None:
+            return np.empty(0, dtype=np.float32)
         weight = self._reader.floats(f"{norm.name}.weight", (norm.size,)).float()
+        weight = weight + 1 if self._config.norm == "rms + 1" else weight.clone()
         self.num_bytes += weight.nbytes
-        return np.asarray(_pad(weight, self._width).clone())
+        return np.asarray(weight if of_heads else _pad(weight, self._width))
 
     def all_layers(self, on_layer: Callable[[int], None] | None) -> shapes.Layers:
         """All layers."""
@@ -295,14 +306,14 @@ class _Loader:
         output = self._empty(count, config.hidden_size, padded(heads, LANES), config.output_bias)
         gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
         down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
-        norms: dict[str, list[np.ndarray]] = {"input": [], "q": [], "k": [], "mlp": []}
+        norms: dict[str, list[np.ndarray]] = {}
         for layer in range(count):
             weights = layer_weights(config, layer)
             mlp = weights.mlps[0]
-            norms["input"].append(self.norm(weights.input_norm))
-            norms["mlp"].append(self.norm(weights.mlp_norm or weights.input_norm))
-            norms["q"].append(self._head_norm(weights.q_norm))
-            norms["k"].append(self._head_norm(weights.k_norm))
+            for name in ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"):
+                norms.setdefault(name, []).append(self.norm(getattr(weights, name)))
+            for name in ("q_norm", "k_norm"):
+                norms.setdefault(name, []).append(self.norm(getattr(weights, name), of_heads=True))
             self._fill(qkv, layer, [weights.q, weights.k, weights.v])
             self._fill(output, layer, [weights.output])
             self._fill(gate_up, layer, mlp.projections[:-1], _interleave)
@@ -310,21 +321,14 @@ class _Loader:
             if on_layer is not None:
                 on_layer(layer)
         return shapes.Layers(
-            input_norm=np.stack(norms["input"]),
+            **{name: np.stack(of_layers) for name, of_layers in norms.items()},
             qkv=qkv,
-            q_norm=np.stack(norms["q"]),
-            k_norm=np.stack(norms["k"]),
             output=output,
-            mlp_norm=np.stack(norms["mlp"]),
             gate_up=gate_up,
             down=down,
             windows=np.array([window or 0 for window in config.sliding_windows], dtype=np.int64),
+            ropes=np.array([config.rope_number(layer) for layer in range(count)], dtype=np.int64),
         )
-
-    def _head_norm(self, norm: NormWeights | None) -> np.ndarray:
-        if norm is None:
-            return np.empty(0, dtype=np.float32)
-        return np.asarray(self._reader.floats(f"{norm.name}.weight", (norm.size,)).float())
 
     def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
         if inputs > MAX_INPUTS:

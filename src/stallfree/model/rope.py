@@ -15,23 +15,23 @@ from stallfree.model.rope_config import RopeConfig
 
 
 class Rope:
-    """The angles of a model's layers.
+    """The angles of a rotary embedding.
 
     Args:
-        config: the model's shape and rope scaling.
+        config: the model's shape.
+        rope: one of its embeddings.
         max_positions: longest context in tokens; only dynamic scaling asks for it.
         device: where angles are computed.
-        window: the sliding window of the layers that it is for, or None.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        rope: RopeConfig,
         max_positions: int,
         device: torch.device | str = "cpu",
-        window: int | None = None,
     ) -> None:
-        frequencies, self._scale = inverse_frequencies(config, max_positions, window)
+        frequencies, self._scale = inverse_frequencies(config, rope, max_positions)
         self._frequencies = frequencies.to(device)
 
     def at(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Rope:
 
 
 def inverse_frequencies(
-    config: ModelConfig, max_positions: int, window: int | None
+    config: ModelConfig, rope: RopeConfig, max_positions: int
 ) -> tuple[torch.Tensor, float]:
     """Radians per position for each pair of a head's values, and a factor on cosine and sine.
 
@@ -56,7 +56,7 @@ def inverse_frequencies(
     Returns:
         float32 (D / 2,), and the factor.
     """
-    rope, dim = config.rope_of(window), config.head_dim
+    dim = config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     theta = rope.theta
     if rope.rope_type == "dynamic":
