@@ -115,9 +115,14 @@ def test_answers_survive_ten_kills_at_random_moments(tmp_path: Path) -> None:
         for each in clients:
             each.start()
         seen: set[int] = set()
-        for _ in range(KILLS):
-            time.sleep(rng.random() * 8)  # while it answers, or starts them anew
+        for kill in range(KILLS):
+            before = num_answers[0]
+            while kill % 2 and num_answers[0] < before + 3:
+                assert process.poll() is None
+                time.sleep(0.05)
+            time.sleep(rng.random() * 3)  # every other one while they are started anew
             while not (own := workers(process.pid)):
+                assert process.poll() is None
                 time.sleep(0.01)
             seen |= set(own)
             os.kill(rng.choice(own), signal.SIGKILL)
