@@ -5,8 +5,9 @@
 
 The targets are 5 and 25 times a decode iteration of eight answers (40 ms here), as the paper sets
 them for its devices. Requests have the lengths of openchat_sharegpt4, scaled to 600 tokens, and
-arrive at random. The search is that of `stallfree bench capacity`, one seed to 10 %: on two cores a
-run takes about a minute. Prints a table; results go to benchmarks/results/capacity.json.
+arrive at random for at least a minute, 30 of them at least. The search is that of `stallfree bench
+capacity`, one seed to 10 %, from rates near what was found before. Prints a table; results go to
+benchmarks/results/capacity.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from server import ServerError, machine_facts, serving
 
-from stallfree.bench.capacity import Capacity, Criterion, SearchSettings, find_capacities
+from stallfree.bench.capacity import Criterion, SearchSettings, find_capacities
 from stallfree.bench.capacity_report import capacity_json, probe_line
 from stallfree.bench.endpoint import Endpoint
 from stallfree.bench.probe_file import ProbeFile
@@ -39,12 +40,16 @@ STATE = Path(tempfile.gettempdir()) / "stallfree-capacity.jsonl"
 CONTEXT, LONGEST = 640, 600
 TARGETS_S = {"strict": 0.2, "relaxed": 1.0}
 COMMON = f"--max-model-len {CONTEXT} --kv-cache-memory 2GiB"
-SETTINGS = {  # by name, for each target; a setting without one serves both
-    "sarathi --tbt-slo": {name: f"--tbt-slo {value}s" for name, value in TARGETS_S.items()},
-    "sarathi": {"strict": "--token-budget 48", "relaxed": "--token-budget 256"},
-    "vllm": {"": "--scheduler vllm"},
-    "orca": {"": "--scheduler orca"},
-    "faster_transformer": {"": "--scheduler faster_transformer"},
+FIRST_STEP = 1.2  # of the search, from a guess that is a good one
+SETTINGS = {  # by name and target: the arguments of the server, and a guess of the capacity
+    "sarathi --tbt-slo": {"strict": ("--tbt-slo 0.2s", 1.2), "relaxed": ("--tbt-slo 1.0s", 1.2)},
+    "sarathi": {"strict": ("--token-budget 48", 1.1), "relaxed": ("--token-budget 256", 1.2)},
+    "vllm": {"strict": ("--scheduler vllm", 0.3), "relaxed": ("--scheduler vllm", 0.8)},
+    "orca": {"strict": ("--scheduler orca", 0.27), "relaxed": ("--scheduler orca", 0.6)},
+    "faster_transformer": {
+        "strict": ("--scheduler faster_transformer", 0.4),
+        "relaxed": ("--scheduler faster_transformer", 0.4),
+    },
 }
 
 
@@ -53,9 +58,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=50, help="of each run")
+    parser.add_argument("--requests", type=int, default=30, help="of each run at least")
+    parser.add_argument("--duration", type=float, default=60.0, help="least, of arrivals, in s")
     parser.add_argument("--precision", type=float, default=0.1)
-    parser.add_argument("--min-qps", type=float, default=0.15, help="the lowest rate that is tried")
+    parser.add_argument("--min-qps", type=float, default=0.05, help="the lowest rate that is tried")
     parser.add_argument("--only", nargs="*", choices=SETTINGS, help="some of the settings")
     parser.add_argument("--resume", action="store_true", help="take known runs from the last time")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/capacity.json")
@@ -78,6 +84,9 @@ def main() -> int:
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine_facts(),
         "targets_s": TARGETS_S,
+        "requests": options.requests,
+        "precision": options.precision,
+        "note": "",  # for people: what of it is not of this run
         "capacities": found,
     }
     options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -88,36 +97,40 @@ def main() -> int:
 def _capacities(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The capacity under each target, with all runs behind it."""
     found: dict[str, Any] = {}
-    for target, arguments in SETTINGS[name].items():
-        names = [target] if target else list(TARGETS_S)
-        criteria = [Criterion(TARGETS_S[each]) for each in names]
-        print(f"{name}: {arguments}", file=sys.stderr)
+    for target, (arguments, guess_qps) in SETTINGS[name].items():
+        print(f"{name}, {target}: {arguments}", file=sys.stderr)
         with serving([*COMMON.split(), *arguments.split()]) as url:
-            every, facts = _search(url, arguments, criteria, options)
-        for each, own in zip(names, every, strict=True):
-            found[each] = capacity_json([own], facts)["capacities"][0] | {"arguments": arguments}
+            found[target] = _search(
+                url, arguments, Criterion(TARGETS_S[target]), guess_qps, options
+            )
     return found
 
 
 def _search(
-    url: str, arguments: str, criteria: list[Criterion], options: argparse.Namespace
-) -> tuple[list[Capacity], dict[str, object]]:
+    url: str, arguments: str, criterion: Criterion, guess_qps: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One capacity and its runs; those for another target of the same arguments are known."""
     settings = WorkloadSettings(num_requests=options.requests, max_total_tokens=LONGEST)
-    system = LiveSystem(Endpoint(url), settings)
+    system = LiveSystem(Endpoint(url), settings, options.duration)
     facts = {**system.facts(), "endpoint": arguments}  # the port is another one each time
     prefill = system.measure_unloaded()
     search = SearchSettings(
-        seeds=(0,), start_qps=1.0, min_qps=options.min_qps, precision=options.precision
+        seeds=(0,),
+        start_qps=guess_qps,
+        min_qps=options.min_qps,
+        precision=options.precision,
+        first_step=FIRST_STEP,
     )
-    every = find_capacities(
+    found = find_capacities(
         system.measure,
-        criteria,
+        [criterion],
         search,
         ProbeFile(STATE, facts),
         prefill,
-        on_probe=lambda probe: print(" ", probe_line(probe, criteria), file=sys.stderr),
+        on_probe=lambda probe: print(" ", probe_line(probe, [criterion]), file=sys.stderr),
     )
-    return every, facts
+    written = capacity_json(found, facts)
+    return {**written["capacities"][0], "arguments": arguments, "probes": written["probes"]}
 
 
 def table(found: dict[str, dict[str, Any]]) -> Table:

@@ -118,8 +118,17 @@ def write_folder(
     config = {**source.hf_config, "dtype": "bfloat16", "eos_token_id": sorted(source.end_token_ids)}
     if quantization:
         config["quantization_config"] = quantization
-    tokenizer = read_tokenizer(source.path)
+    write_tokenizer(source.path, folder)
+    _write_json(folder / "config.json", config)
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer of the model at `path` as transformers read it, into a folder."""
+    tokenizer = read_tokenizer(path)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    for file, content in (("config.json", config), ("tokenizer_config.json", about)):
-        (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", about)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

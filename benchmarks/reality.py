@@ -1,11 +1,18 @@
 """Does the simulator tell the truth? A run on this machine beside its simulation.
 
-    python benchmarks/reality.py --qps 0.8       # three schedulers, some 20 minutes
+    python benchmarks/reality.py --qps 0.8       # three schedulers, some 15 minutes
 
-For each scheduler 200 requests are sent at random times to a new server. Step times are profiled
-before and after, as the speed of a machine drifts; the same requests are simulated with each of the
-two profiles, and the mean of both is what is compared. Prints it beside the live run; results go to
-benchmarks/results/reality.json.
+For each scheduler 200 requests are sent at random times to a new server, which notes its
+iterations. The same requests are simulated, as the server counted and the client sent them, with
+three kinds of step times:
+
+- profile: `stallfree profile`, measured before, where nothing but the model runs;
+- others: fitted to the iterations of the two other live runs, so that they hold what serving costs
+  (the client and the HTTP work share the processor with the model) and nothing of the run itself;
+- speed: the same times one number, how long this run's iterations took in all over what the
+  others' fit predicts for them: the speed of a shared machine drifts between runs.
+
+Prints them beside the live run; results go to benchmarks/results/reality.json.
 """
 
 from __future__ import annotations
@@ -17,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,20 +39,40 @@ from server import ServerError, machine_facts, serving
 from stallfree.bench.files import read_json
 from stallfree.bench.metrics import Summary, summarize
 from stallfree.bench.records import Results
-from stallfree.cli.system_options import SystemSettings
+from stallfree.bench.workload import Workload
+from stallfree.core.step_time import BatchShape, StepTimeModel, fit
+from stallfree.engine.profile import read_profile
 from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.sim.measured import read_iterations
 from stallfree.sim.router import LeastWork
 from stallfree.sim.simulation import simulate
+from stallfree.sim.system import System
+from stallfree.sim.times import ProfiledTimes
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, LONGEST, KV_BYTES = 640, 600, 2**31
 LIMIT = 0.15
+DRAWS = 5  # of the scatter of iterations; the mean of so many simulations is compared
 SCHEDULERS = {
     "sarathi": SchedulingSettings(scheduler="sarathi", token_budget=96, max_model_len=CONTEXT),
     "vllm": SchedulingSettings(scheduler="vllm", max_model_len=CONTEXT),
     "orca": SchedulingSettings(scheduler="orca", max_model_len=CONTEXT),
 }
 NUMBERS = ("TBT P50", "TBT P99", "TTFT P50", "TTFT P99", "tokens/s")
+KINDS = ("profile", "others", "speed")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRun:
+    """What a server did.
+
+    Attributes:
+        results: as the client saw it.
+        iterations: what each held, and its seconds.
+    """
+
+    results: Results
+    iterations: Sequence[tuple[BatchShape, float]]
 
 
 def main() -> int:
@@ -53,21 +82,24 @@ def main() -> int:
     )
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--qps", type=float, required=True, help="70 %% of the capacity")
-    parser.add_argument("--only", nargs="*", choices=SCHEDULERS)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/reality.json")
     options = parser.parse_args()
-    runs: dict[str, Any] = {}
+    live: dict[str, LiveRun] = {}
     with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before.json"
+        path = Path(folder) / "profile.json"
         try:
-            _profile(before)
-            for name in options.only or SCHEDULERS:
-                after = Path(folder) / f"after-{name}.json"
-                runs[name] = _compare(name, options, before, after)
-                before = after
+            _stallfree("profile", "--output", str(path), "--rounds", "2", *_memory())
+            for name in SCHEDULERS:
+                live[name] = _live_run(name, options, Path(folder))
         except (ServerError, subprocess.CalledProcessError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(error, file=sys.stderr)
             return 1
+        profile = read_profile(path)
+        kv_bytes = json.loads(path.read_text(encoding="utf-8"))["identity"]["kv_bytes_per_token"]
+    kv_tokens = KV_BYTES // kv_bytes
+    runs = {
+        name: compare(live, name, profile.times, kv_tokens, profile.tile_tokens) for name in live
+    }
     result = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(["python", *sys.argv]),
@@ -79,30 +111,21 @@ def main() -> int:
     return 0
 
 
-def _compare(name: str, options: argparse.Namespace, before: Path, after: Path) -> dict[str, Any]:
-    """Run and simulate one scheduler; the profile from before is there, the one after is made."""
+def _live_run(name: str, options: argparse.Namespace, folder: Path) -> LiveRun:
     scheduling = SCHEDULERS[name]
-    budget = ["--token-budget", str(scheduling.token_budget)] if scheduling.token_budget else []
-    arguments = ["--scheduler", name, *budget]
-    arguments += ["--max-model-len", str(CONTEXT), "--kv-cache-memory", "2GiB"]
-    output = after.with_name(f"{name}.json")
-    with serving(arguments) as url:
+    iterations, output = folder / f"{name}.csv", folder / f"{name}.json"
+    arguments = ["--scheduler", name, "--max-model-len", str(CONTEXT), *_memory()]
+    if scheduling.token_budget is not None:
+        arguments += ["--token-budget", str(scheduling.token_budget)]
+    with serving([*arguments, "--iteration-file", str(iterations)]) as url:
         load = ["--qps", str(options.qps), "--num-requests", str(options.requests)]
         load += ["--max-total-tokens", str(LONGEST), "--output", str(output)]
         _stallfree("bench", "serve", url, *load)
-    _profile(after)
-    live = read_json(output)
-    simulated = [_simulated(live, path, scheduling) for path in (before, after)]
-    return {
-        "live": numbers(summarize(live)),
-        "simulated": {key: mean(numbers(each)[key] for each in simulated) for key in NUMBERS},
-        "before": numbers(simulated[0]),
-        "after": numbers(simulated[1]),
-    }
+    return LiveRun(read_json(output), read_iterations(iterations))
 
 
-def _profile(path: Path) -> None:
-    _stallfree("profile", "--output", str(path), "--rounds", "2", "--kv-cache-memory", "2GiB")
+def _memory() -> list[str]:
+    return ["--kv-cache-memory", str(KV_BYTES)]
 
 
 def _stallfree(*arguments: str) -> None:
@@ -111,7 +134,42 @@ def _stallfree(*arguments: str) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def _simulated(live: Results, profile: Path, scheduling: SchedulingSettings) -> Summary:
+def compare(
+    live: dict[str, LiveRun], name: str, profile: StepTimeModel, kv_tokens: int, tile_tokens: int
+) -> dict[str, Any]:
+    """A live run, its simulations, and the speeds of the machine that they differ in."""
+    own = live[name]
+    others = fit([each for other in live if other != name for each in live[other].iterations])
+    speed = slowdown(others, own.iterations)
+    times = {"profile": profile, "others": others, "speed": slower(others, speed)}
+    compared: dict[str, Any] = {"live": numbers(summarize(own.results))}
+    for kind, model in times.items():
+        system = System(
+            partial(ProfiledTimes, model),
+            SCHEDULERS[name],
+            kv_tokens,
+            CONTEXT,
+            tile_tokens=tile_tokens,
+        )
+        compared[kind] = _simulated(as_sent(own.results), system)
+    return compared | {
+        "slower than the profile": slowdown(profile, own.iterations),
+        "slower than the others": speed,
+    }
+
+
+def slowdown(times: StepTimeModel, iterations: Sequence[tuple[BatchShape, float]]) -> float:
+    """How long iterations took, together, over what was predicted."""
+    taken = sum(seconds for _, seconds in iterations)
+    return taken / sum(times.seconds(shape) for shape, _ in iterations)
+
+
+def slower(times: StepTimeModel, factor: float) -> StepTimeModel:
+    """The same times on a machine that takes `factor` as long."""
+    return times.with_costs([cost * factor for cost in times.costs])
+
+
+def as_sent(live: Results) -> Workload:
     """The same requests, as the server counted and the client sent them."""
     arrivals = tuple(
         replace(
@@ -122,12 +180,16 @@ def _simulated(live: Results, profile: Path, scheduling: SchedulingSettings) -> 
         )
         for record in sorted(live.records, key=lambda each: each.sent_s)
     )
-    workload = replace(live.workload, arrivals=arrivals)
-    measured_on = json.loads(profile.read_text(encoding="utf-8"))["identity"]
-    kv_tokens = KV_BYTES // measured_on["kv_bytes_per_token"]
-    system = SystemSettings(profile=profile, kv_cache_tokens=kv_tokens)
-    replica = system.system(scheduling).replica()
-    return summarize(simulate(workload, [replica], LeastWork()).results)
+    return replace(live.workload, arrivals=arrivals)
+
+
+def _simulated(workload: Workload, system: System) -> dict[str, float]:
+    """The mean over several draws of the scatter."""
+    runs = [
+        numbers(summarize(simulate(workload, [system.replica(seed)], LeastWork()).results))
+        for seed in range(DRAWS)
+    ]
+    return {key: mean(run[key] for run in runs) for key in NUMBERS}
 
 
 def numbers(summary: Summary) -> dict[str, float]:
@@ -143,17 +205,17 @@ def numbers(summary: Summary) -> dict[str, float]:
 
 
 def table(runs: dict[str, Any]) -> Table:
-    """Live and simulated, and their ratio."""
-    made = Table(title="live and simulated", title_justify="left", box=box.SIMPLE)
+    """The live runs, and what each kind of simulation gives of them."""
+    made = Table(title="live, and simulated / live", title_justify="left", box=box.SIMPLE)
     made.add_column("scheduler")
     for number in NUMBERS:
         made.add_column(number, justify="right")
     for name, run in runs.items():
-        for kind in ("live", "simulated"):
-            made.add_row(f"{name}, {kind}", *(f"{run[kind][key]:,.0f}" for key in NUMBERS))
-        ratios = {key: run["simulated"][key] / run["live"][key] for key in NUMBERS}
-        marks = (f"{r:.2f}{'' if abs(r - 1) <= LIMIT else ' !'}" for r in ratios.values())
-        made.add_row("ratio", *marks)
+        made.add_row(f"{name}, live", *(f"{run['live'][key]:,.0f}" for key in NUMBERS))
+        for kind in KINDS:
+            ratios = {key: run[kind][key] / run["live"][key] for key in NUMBERS}
+            marks = (f"{r:.2f}{'' if abs(r - 1) <= LIMIT else ' !'}" for r in ratios.values())
+            made.add_row(f"{name}, {kind}", *marks)
     return made
 
 

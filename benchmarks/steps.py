@@ -185,8 +185,10 @@ class _TimedDecoder:
         self._inner = inner
         self.seconds = 0.0
 
-    def forward(self, batch: ModelInput, cache: Any) -> torch.Tensor:
-        return self._timed(lambda: self._inner.forward(batch, cache))
+    def forward(
+        self, batch: ModelInput, cache: Any, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._timed(lambda: self._inner.forward(batch, cache, hidden))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._timed(lambda: self._inner.logits(hidden))

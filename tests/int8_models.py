@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import save_tiny_model
+from tiny import disturb_vectors, save_tiny_model
 
 from stallfree.kernels.int8_matmul import padded
 from stallfree.kernels.ir import LANES
@@ -48,19 +47,24 @@ MODELS = {  # name: architecture and what differs from the tiny model's shape
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 150, "max_window_layers": 1},
     ),
+    "gemma": (
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "sliding_window": 40,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 48,
+        },
+    ),
 }
 
 
 def save_model(folder: Path, name: str) -> Path:
-    """Save one of `MODELS`; transformers makes all norms ones and all biases zeros: not so here."""
+    """Save one of `MODELS`, with random norms and biases."""
     architecture, shape = MODELS[name]
     save_tiny_model(folder, architecture, vocab_size=VOCABULARY, initializer_range=0.2, **shape)
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for weight in weights.values():
-        if weight.dim() == 1:
-            weight += 0.3 * torch.randn(weight.shape, generator=generator)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    disturb_vectors(folder)
     return folder
 
 

@@ -92,6 +92,14 @@ def test_the_capacity_of_a_queue_is_found(slo_s: float, start: float) -> None:
     assert len(queue.calls) == len(set(queue.calls)) <= 20
 
 
+def test_a_good_guess_needs_few_probes() -> None:
+    queue = Queue()
+    settings = SearchSettings((0,), 1.1 * queue.capacity(0.2), precision=0.1, first_step=1.2)
+    [found] = find_capacities(queue, [Criterion(0.2)], settings)
+    assert found.is_bounded
+    assert len(queue.calls) <= 3
+
+
 @pytest.mark.parametrize("precision", [0.001, 0.01, 0.3])
 def test_the_gap_is_as_narrow_as_asked_for(precision: float) -> None:
     [seed] = find(Queue(), precision=precision, seeds=(0,)).seeds
@@ -301,6 +309,7 @@ def test_probes_survive_json() -> None:
         (lambda: SearchSettings((1, 1)), "none twice"),
         (lambda: SearchSettings(start_qps=0.001), "start_qps is 0.001; it must be from min_qps"),
         (lambda: SearchSettings(precision=0.0), "precision is 0.0; it must be from 0.001 to 1"),
+        (lambda: SearchSettings(first_step=3.0), "first_step is 3.0; it must be from 1.01 to 2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Callable[[], object], words: str) -> None:

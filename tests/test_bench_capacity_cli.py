@@ -14,8 +14,11 @@ import pytest
 from fake_server import SSE_HEAD, Asked, FakeServer, event, fake_server, response, token
 from typer.testing import CliRunner, Result
 
+from stallfree.bench.workload_file import save_workload
 from stallfree.cli.app import app
 from stallfree.cli.capacity_options import read_share
+from stallfree.cli.drawn_workload import DrawnWorkload
+from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.errors import ConfigError, EndpointError
 
 NUM_REQUESTS = 3
@@ -72,6 +75,7 @@ def serving() -> Iterator[Callable[[Script], FakeServer]]:
 def capacity(server: FakeServer, *flags: str) -> Result:
     workload = ["--workload", "fixed:20,4", "--num-requests", str(NUM_REQUESTS)]
     settings = ["--slo-tbt", "60s", "--qps", "400", "--precision", "50%", "--seeds", "1"]
+    settings += ["--min-duration", "0s"]  # three requests whatever the rate
     return CliRunner().invoke(app, ["bench", "capacity", server.url, *workload, *settings, *flags])
 
 
@@ -183,6 +187,34 @@ def test_a_server_that_breaks_in_a_run_has_no_limit_there(
     assert state.read_text().count('"probe"') == 1
 
 
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_server_that_is_unavailable_under_load_alone_has_a_limit_there(
+    serving: Callable[[Script], FakeServer], recovers: bool
+) -> None:
+    script = Script()
+    server = serving(script)
+    refused = 2 * NUM_REQUESTS  # the first of the second run
+
+    async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        number = len(script.sizes)
+        if number < refused or (recovers and number > refused):
+            await script(asked, writer)
+        else:
+            script.sizes.append(0)
+            writer.write(response(503, b'{"error": "busy"}', "Retry-After: 1"))
+
+    server.answer = answer
+    result = capacity(server)
+    if recovers:
+        assert result.exit_code == 0, result.output
+        assert "800/s  1 unavailable, P99 TBT" in result.output
+        assert script.sizes.count(1) == NUM_REQUESTS + 1  # without load, and after it
+    else:
+        assert result.exit_code == 1
+        assert isinstance(result.exception, EndpointError)
+        assert "after the load, status 503: busy" in str(result.exception)
+
+
 @pytest.mark.parametrize("fails_in", [-1, 0])
 def test_a_server_that_only_fails_is_no_capacity(
     serving: Callable[[Script], FakeServer], fails_in: int
@@ -209,6 +241,7 @@ def test_a_server_that_only_fails_is_no_capacity(
         (["--slo-tbt", "fast"], "slo-tbt: 'fast' is not a time"),
         (["--slo-tbt", "1s,1000ms"], "slo-tbt is '1s,1000ms'; a target is there twice"),
         (["--max-delay", "x"], "max-delay: 'x' is not a time"),
+        (["--min-duration", "1h"], "min-duration: '1h' is not a time"),
         (["--precision", "few"], "precision is 'few'; write it as 2.5% or 0.025"),
         (["--precision", "0%"], "precision is 0.0; it must be from 0.001 to 1"),
         (["--qps", "0.001"], "qps is 0.001; it must be at least 0.01 and at most 1000"),
@@ -239,7 +272,7 @@ def test_seeds_that_draw_the_same_give_no_confidence(
     assert made.exit_code == 0, made.output
     server = serving(Script())
     common = ["bench", "capacity", server.url, "--slo-tbt", "60s", "--qps", "400"]
-    common += ["--precision", "50%"]
+    common += ["--precision", "50%", "--min-duration", "0s"]
     for workload in (["--replay", str(saved)], [*recorded, "--num-requests", str(NUM_REQUESTS)]):
         result = CliRunner().invoke(app, [*common, *workload])
         assert isinstance(result.exception, ConfigError)
@@ -259,3 +292,17 @@ def test_a_closed_loop_has_no_capacity() -> None:
 @pytest.mark.parametrize(("text", "share"), [("2.5%", 0.025), ("0.025", 0.025), (" 10 % ", 0.1)])
 def test_shares_are_read(text: str, share: float) -> None:
     assert read_share(text) == pytest.approx(share)
+
+
+def test_the_requests_of_a_run_arrive_over_a_least_time(tmp_path: Path) -> None:
+    settings = WorkloadSettings(lengths="fixed:20,4", num_requests=10)
+    drawn = DrawnWorkload(settings, min_duration_s=20.0)
+    few, many = drawn.at_rate(0.3, 1).arrivals, drawn.at_rate(4.0, 1).arrivals
+    assert (len(few), len(many)) == (10, 80)
+    assert many[-1].at_s == pytest.approx(79 / 4.0)
+    assert drawn.facts()["min_duration_s"] == 20.0
+    assert len(DrawnWorkload(settings).at_rate(4.0, 1).arrivals) == 10
+    path = tmp_path / "saved.jsonl"
+    save_workload(settings.workload(), path)
+    replay = DrawnWorkload(WorkloadSettings(replay=path), min_duration_s=20.0)
+    assert len(replay.at_rate(4.0, 1).arrivals) == 10  # there are no more

@@ -77,7 +77,8 @@ def test_runs_that_are_short_for_the_delay_are_noted() -> None:
     [note] = notes(probe(num_requests=79))
     assert note == (
         "with 200 ms, runs of 79 requests last 39.5 s, in which a median delay of 2 s takes an "
-        "overload of 10%: the capacity may be less; take more with --num-requests, 80 or more."
+        "overload of 10%: the capacity may be less; take 80 requests or more, or a longer "
+        "--min-duration."
     )
     assert notes(probe(num_requests=40), is_settled=False)[0].endswith("no capacity.")
 

@@ -142,6 +142,20 @@ def test_prompts_are_unlike_unless_they_share_a_prefix() -> None:
     )
 
 
+def test_prompts_share_as_many_tokens_as_planned() -> None:
+    prompts = Prompts(PromptSize(2.0), salt=1)
+    one, same, other = (
+        prompts.text(number, Arrival(0, 140, 1, prefix, 100)).split()
+        for number, prefix in enumerate((4, 4, 5))
+    )
+    assert len(one) == len(same) == len(other) == 70
+    assert one[:50] == same[:50] != other[:50]
+    assert one[50:] != same[50:]
+    all_shared = [prompts.text(number, Arrival(0, 100, 1, 4, 100)).split() for number in range(30)]
+    assert len({" ".join(words[:49]) for words in all_shared}) == 1
+    assert len({words[49] for words in all_shared}) > 1
+
+
 def turns_of(prefix_id: int) -> Arrival:
     return Arrival(0, 50, 1, prefix_id)
 

@@ -77,6 +77,7 @@ def test_events_without_text_are_tokens_if_the_count_says_so(count: int, num_tok
     [
         (response(429, b'{"error": {"message": "full"}}', "Retry-After: 7"), "refused", "After: 7"),
         (response(429, b""), "refused", "not given"),
+        (response(503, b"", "Retry-After: 5"), "unavailable", "After: 5"),
         (response(400, b'{"error": {"message": "no such field"}}'), "rejected", "no such field"),
         (response(422, b'{"detail": [{"msg": "bad"}]}'), "rejected", "bad"),
         (response(502, b"<h1>Bad\nGateway</h1>"), "rejected", "502: <h1>Bad Gateway"),

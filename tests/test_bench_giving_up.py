@@ -57,7 +57,7 @@ def random_run(seed: int) -> Results:
 @given(seed=st.integers(0, 10**6), quantile=st.sampled_from(QUANTILES))
 def test_a_run_is_given_up_if_and_only_if_it_fails(seed: int, quantile: float) -> None:
     results, criterion = random_run(seed), Criterion(0.2, 2.5, quantile)
-    rule = GiveUp(results.workload, criterion)
+    rule = GiveUp.beyond(criterion, results.workload)
     ended = random.Random(seed).sample(results.records, len(results.records))
     given_up = [rule(record) for record in ended]
     assert any(given_up) != criterion.is_met(Probe.of(results, 1.0, 0))
@@ -97,7 +97,7 @@ def test_searches_find_the_same_with_and_without(policy: str, targets: tuple[flo
         def measure(qps: float, seed: int) -> Results:
             nonlocal num_iterations
             workload, replica = drawn(qps, seed), system.replica()
-            rule = GiveUp(workload, criteria[-1]) if gives_up else None
+            rule = GiveUp.beyond(criteria[-1], workload) if gives_up else None
             done = simulate(workload, [replica], LeastWork(), give_up=rule)
             num_iterations += replica.num_iterations
             return done.results

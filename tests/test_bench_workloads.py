@@ -159,6 +159,23 @@ workloads = st.builds(
 )
 
 
+def test_prompts_begin_with_one_of_a_few_prefixes() -> None:
+    plain = Recipe("fixed:20,4", num_requests=400, seed=3).make().arrivals
+    shared = Recipe("fixed:20,4", num_requests=400, seed=3, prefixes=(5, 100)).make()
+    assert {each.prefix_id for each in shared.arrivals} == set(range(5))
+    assert {each.prompt_tokens for each in shared.arrivals} == {120}
+    assert {each.prefix_tokens for each in shared.arrivals} == {100}
+    assert [each.at_s for each in shared.arrivals] == [each.at_s for each in plain]
+    assert "after one of 5 prefixes of 100 tokens" in shared.about
+    limited = Recipe(
+        "openchat_sharegpt4", num_requests=50, max_total_tokens=600, prefixes=(2, 200)
+    ).make()
+    totals = [each.prompt_tokens + each.output_tokens for each in limited.arrivals]
+    assert 300 < max(totals) <= 600
+    with pytest.raises(ConfigError, match="prefixes of 99 tokens leave no room for a prompt"):
+        Recipe("fixed:20,4", max_total_tokens=100, prefixes=(2, 99)).make()
+
+
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None
 )
@@ -186,6 +203,7 @@ GOOD = {"at_s": 1.0, "prompt_tokens": 1, "output_tokens": 1}
         (3, {"prompt_tokens": 0}, "line 3: prompt_tokens must be a whole number of at least 1"),
         (3, {"output_tokens": 1.5}, "line 3: output_tokens"),
         (3, {"prefix_id": "a"}, "line 3: prefix_id must be a whole number"),
+        (3, {"prefix_tokens": 0}, "line 3: prefix_tokens must be a whole number of at least 1"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(

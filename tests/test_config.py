@@ -87,7 +87,7 @@ def test_other_architectures_are_refused_by_name(architectures: object) -> None:
         {"sliding_window": "a", "use_sliding_window": True},
         {"sliding_window": 4, "use_sliding_window": True, "layer_types": 5},
         {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": "x"},
-        {"hidden_act": "gelu"},
+        {"hidden_act": "relu"},
         {"partial_rotary_factor": 0.5},
     ],
 )

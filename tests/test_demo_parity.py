@@ -1,13 +1,15 @@
-"""The demo model against transformers reading the same file: 20 prompts, greedy."""
+"""The embedded models against transformers reading the same file: 20 prompts, greedy."""
 
 from __future__ import annotations
+
+from importlib import metadata
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from stallfree import LLM, SamplingParams
-from stallfree.model.demo import assemble
+from stallfree.model.demo import DEMO, GEMMA, EmbeddedModel, assemble
 
 NUM_TOKENS = 48
 PROMPTS = [
@@ -32,16 +34,27 @@ PROMPTS = [
     "try:\n    value = int(text)\nexcept",
     "x" * 300,
 ]
+LONG = "and runs over the hills and far away " * 90  # past the window of Gemma's local layers
+
+
+def skip_if_not_installed(model: EmbeddedModel) -> None:
+    try:
+        metadata.distribution(model.parts[0][0])
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the extra {model.extra} is not installed")
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_transformers() -> None:
-    llm = LLM(dtype="float32", kv_cache_memory_bytes=1 << 28, token_budget=48)
+@pytest.mark.parametrize("embedded", [DEMO, GEMMA], ids=lambda model: model.name)
+def test_greedy_tokens_are_those_of_transformers(embedded: EmbeddedModel) -> None:
+    if embedded is GEMMA:
+        skip_if_not_installed(embedded)
+    llm = LLM(embedded.name, dtype="float32", kv_cache_memory_bytes=1 << 28, token_budget=48)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    outputs = llm.generate(PROMPTS, params, use_progress_bar=False)
+    outputs = llm.generate([*PROMPTS, LONG], params, use_progress_bar=False)
     del llm
-    file = assemble()
+    file = assemble(embedded)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )

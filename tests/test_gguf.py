@@ -17,7 +17,7 @@ from stallfree.errors import UnsupportedModelError, WeightFileError
 from stallfree.model.demo import assemble
 from stallfree.model.gguf import GgufWeights, dequantize
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 KINDS = gguf.GGMLQuantizationType
 
 
@@ -73,7 +73,19 @@ def test_transformers_reads_the_same(path: Path, architecture: str) -> None:
         "model_type",
     ):
         assert config[field] == getattr(their_config, field), field
-    assert config["rope_theta"] == their_config.rope_parameters["rope_theta"]
+    ropes = their_config.rope_parameters
+    assert config["rope_theta"] == ropes.get("full_attention", ropes)["rope_theta"]
+
+
+def test_the_weights_of_experts_are_taken_apart(path: Path) -> None:
+    written = state_dict("mixtral")
+    counts = {"llama.expert_count": tiny_models.EXPERTS, "llama.expert_used_count": 2}
+    weights = GgufWeights(write_gguf(path, weights=written, extra=counts))
+    assert weights.hf_config["architectures"] == ["MixtralForCausalLM"]
+    assert weights.hf_config["num_experts_per_tok"] == 2
+    assert weights.names() == written.keys()
+    for name, values in written.items():
+        assert np.array_equal(weights.tensor(name).numpy(), values), name
 
 
 def _stored(kind: gguf.GGMLQuantizationType) -> bool:

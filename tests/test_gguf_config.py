@@ -10,8 +10,10 @@ import pytest
 from tiny_models import byte_level_vocabulary, state_dict, write_gguf
 
 from stallfree.errors import UnsupportedModelError, WeightFileError
+from stallfree.model.config import ModelConfig
 from stallfree.model.demo import assemble
 from stallfree.model.gguf import GgufWeights
+from stallfree.model.rope_config import RopeConfig
 
 
 @pytest.fixture
@@ -95,6 +97,28 @@ def test_a_sliding_window_makes_llama_mistral(path: Path) -> None:
     assert config["sliding_window"] == 64
 
 
+def test_the_configuration_of_gemma3(path: Path) -> None:
+    extra = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    config = GgufWeights(write_gguf(path, "gemma3", extra=extra)).hf_config
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    assert config["sliding_window"] == 8
+    assert config["query_pre_attn_scalar"] == 16
+    shape = ModelConfig.from_hf(config)
+    assert shape.activation == "gelu_pytorch_tanh"
+    assert shape.rope.theta == 50_000.0
+    assert shape.rope.parameters == {"factor": 8.0}
+    assert shape.window_rope == RopeConfig(10_000.0)
+    assert shape.max_context == 512  # the scaling is in it
+
+
+@pytest.mark.parametrize("count", [2, 2**31 - 1])
+def test_experts_that_are_not_there(path: Path, count: int) -> None:
+    weights = state_dict("mixtral")
+    extra = {"llama.expert_count": count, "llama.expert_used_count": 2}
+    with pytest.raises(WeightFileError, match=f"expert_count is {count}.*\\(3, 96, 64\\)"):
+        GgufWeights(write_gguf(path, weights=weights, extra=extra))
+
+
 def test_end_tokens(path: Path) -> None:
     weights = GgufWeights(write_gguf(path, extra=byte_level_vocabulary()))
     tokens = byte_level_vocabulary()["tokenizer.ggml.tokens"]
@@ -104,8 +128,8 @@ def test_end_tokens(path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "extra", "match"),
     [
-        ("gemma3", {}, r"'gemma3'.*llama, qwen2, qwen3"),
-        ("llama", {"llama.expert_count": 8}, "mixture of experts"),
+        ("gemma4", {}, r"'gemma4'.*llama, qwen2, qwen3, gemma3"),
+        ("qwen2", {"qwen2.expert_count": 8}, "mixture of experts"),
         ("llama", {"split.count": 3}, "merge them"),
         ("llama", {"llama.rope.scaling.type": "longrope"}, "'longrope'.*none, linear, yarn"),
         ("llama", {"llama.rope.dimension_count": 8}, "dimension_count is 8"),

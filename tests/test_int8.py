@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +95,32 @@ def test_int8_is_the_default_and_float32_a_choice(tmp_path: Path) -> None:
     for dtype, expected in (("auto", "int8"), ("float32", "float32")):
         llm = LLM(folder, dtype=dtype, kv_cache_memory_bytes=1 << 20)
         assert llm.engine.facts.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "obstacle"),
+    [
+        ("falcon", {}, "attention and MLP in parallel"),
+        ("mixtral", {"num_local_experts": 4}, "a mixture of experts"),
+        ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
+    ],
+)
+def test_a_model_that_the_kernels_cannot_run_is_run_in_float32(
+    tmp_path: Path,
+    architecture: str,
+    shape: dict[str, Any],
+    obstacle: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = str(save_tiny_model(tmp_path, architecture, **shape))
+    llm = LLM(folder, kv_cache_memory_bytes=1 << 20)
+    assert llm.engine.facts.dtype == "float32"
+    [message] = [record.message for record in caplog.records if "int8" in record.message]
+    assert re.search(f"int8 is not implemented for .*{obstacle}.*float32", message)
+    output = llm.generate(["The quick"], SamplingParams(temperature=0, max_tokens=4))
+    assert len(output[0].outputs[0].token_ids) > 0
+    with pytest.raises(ConfigError, match=f"{obstacle}.*use --dtype auto"):
+        LLM(folder, dtype="int8", kv_cache_memory_bytes=1 << 20)
 
 
 def test_without_the_kernels_the_default_is_float32(

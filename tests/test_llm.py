@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from engine_fixtures import GREEDY, PROMPTS, Failing, tiny_settings
 from transformers import AutoModelForCausalLM
 
 from stallfree import LLM, SamplingParams
+from stallfree.bench.table_file import read_table
+from stallfree.engine.iteration_file import COLUMNS
 from stallfree.engine.llm import Prompt
 from stallfree.engine.settings import EngineSettings
-from stallfree.errors import ContextLengthError, ExecutorError, InvalidRequestError
+from stallfree.errors import ConfigError, ContextLengthError, ExecutorError, InvalidRequestError
+from stallfree.sim.measured import read_times
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,31 @@ def test_generate_matches_transformers(llm: LLM, settings: EngineSettings) -> No
         assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
         assert completion.text == llm.tokenizer.decode(completion.token_ids)
         assert completion.finish_reason == "length"
+
+
+def test_iterations_are_noted_for_the_simulator(settings: EngineSettings, tmp_path: Path) -> None:
+    path = tmp_path / "iterations.csv"
+    noting = dataclasses.replace(settings, iteration_file=path, token_budget=16)
+    outputs = LLM.from_settings(noting).generate(PROMPTS, GREEDY, use_progress_bar=False)
+    columns, table = read_table(path)
+    assert tuple(columns) == COLUMNS
+    rows = [{name: float(value or "nan") for name, value in row.values.items()} for row in table]
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output = sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert sum(row["prefill_tokens"] for row in rows) == num_prompt
+    assert sum(row["decodes"] for row in rows) == num_output - len(outputs)
+    assert sum(row["sampled"] for row in rows) == num_output
+    attended = sum(n * (n + 1) // 2 for n in (len(each.prompt_token_ids) for each in outputs))
+    assert sum(row["prefill_context"] for row in rows) == attended
+    assert min(row["seconds"] for row in rows) > 0
+    assert sum(read_times(path).costs) > 0
+
+
+def test_a_file_that_cannot_be_written_is_refused(settings: EngineSettings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"iterations\.csv cannot be written: No such"):
+        LLM.from_settings(
+            dataclasses.replace(settings, iteration_file=tmp_path / "no" / "iterations.csv")
+        )
 
 
 def test_prompts_come_in_any_form(llm: LLM) -> None:

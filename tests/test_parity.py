@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny_model
+from tiny import disturb_vectors, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stallfree.core.blocks import BlockPool
@@ -35,6 +35,7 @@ def rope(rope_type: str, theta: float = 10_000.0, **parameters: float) -> dict[s
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **parameters}}
 
 
+FALCON = {"num_attention_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama tied, biased": {
@@ -62,6 +63,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {"head_dim": 32},
+    "falcon one key head": FALCON,
+    "falcon grouped": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon grouped, one norm": {
+        **FALCON,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "tie_word_embeddings": False,
+        "ffn_hidden_size": 96,
+    },
+    "falcon in sequence, biased": {
+        **FALCON,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 32},
+    "mixtral windows": {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 20},
+    "gemma3_text": {
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 48,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "tie_word_embeddings": False,  # else few tokens are likely
+    },
 }
 
 
@@ -103,6 +131,7 @@ def load(folder: Path, name: str, **extra: Any) -> Reference:
     save_tiny_model(
         folder, name.split()[0], vocab_size=320, initializer_range=0.2, **MODELS[name], **extra
     )
+    disturb_vectors(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -23,7 +23,7 @@ def row(
     end: frozenset[int] = frozenset(),
     **params: Any,
 ) -> SamplerRow:
-    return SamplerRow(SamplingParams(**params), seed, prompt, output, end)
+    return SamplerRow(SamplingParams(**params), seed, len(output), prompt, output, end)
 
 
 def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:

@@ -14,12 +14,13 @@ from stallfree.bench.metrics import summarize
 from stallfree.bench.records import Record
 from stallfree.bench.workload import Arrival, Workload
 from stallfree.core.batch import Batch, Chunk
+from stallfree.core.bubbles import Bubble
 from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.step_time import StepTimeModel
 from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.sim.clock import SimulatedClock
-from stallfree.sim.pipeline import Bubble, SimulatedPipeline
+from stallfree.sim.pipeline import SimulatedPipeline
 from stallfree.sim.replica import Replica
 from stallfree.sim.router import ROUTERS, LeastWork, PrefixAffine, RoundRobin
 from stallfree.sim.simulation import Simulation, simulate

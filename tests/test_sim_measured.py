@@ -38,6 +38,18 @@ def test_what_was_measured_is_predicted(tmp_path: Path) -> None:
     assert times.seconds(shape) == pytest.approx(seconds_of(512, 1000, 8, 500), rel=0.05)
 
 
+def test_several_chunks_have_products_instead_of_a_start(tmp_path: Path) -> None:
+    head = "prefill_tokens,prefill_start,prefill_context,sampled,seconds\n"
+    costs = [(tokens, scale * tokens, rows) for tokens in (8, 64, 512) for scale in (9, 90)
+             for rows in (1, 5)]  # fmt: skip
+    lines = [
+        f"{tokens},0,{products},{rows},{0.01 + 1e-4 * tokens + 1e-6 * products + 1e-3 * rows}"
+        for tokens, products, rows in costs
+    ]
+    times = read_times(write(tmp_path, head + "\n".join(lines)))
+    assert times.seconds(BatchShape(64, 640, 0, 3)) == pytest.approx(0.02004, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

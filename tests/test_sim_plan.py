@@ -59,7 +59,20 @@ def test_the_fewest_replicas_are_found(qps: float, slo: Slo) -> None:
     assert len(tried) == len(set(tried)) <= 2 * (found or 1).bit_length() + 1
     for trial in trials:
         assert trial.keeps == (trial.replicas >= (found or 0))
-        assert trial.summary.num_requests == 30
+        assert trial.summary.num_requests == 30 or not trial.is_complete
+        assert trial.is_complete or not trial.keeps
+
+
+def test_a_hopeless_number_is_given_up_early() -> None:
+    load, slo = workload(12.0, 200), Slo(tbt_s=10.0, ttft_s=1.5)
+    found, trials = find(load, slo)
+    assert found is not None
+    assert not trials[0].is_complete
+    num_ended = trials[0].summary.num_answered
+    assert num_ended < 20  # the third one that is too late decides: 1 % of 200 may be
+    whole = [SYSTEM.replica()]
+    simulate(load, whole, LeastWork())
+    assert trials[0].summary.duration_s < whole[0].clock.now() / 5
 
 
 def test_the_most_are_tried_before_it_is_given_up() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -69,6 +70,17 @@ def save_tiny_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def disturb_vectors(folder: Path) -> None:
+    """Make the norms and biases of a saved model random; transformers makes them ones and zeros."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        if weight.dim() == 1:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, file, {"format": "pt"})
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

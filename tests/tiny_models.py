@@ -26,7 +26,15 @@ _LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+_GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_EXPERT_NAMES = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+EXPERTS = 3
 
 
 def state_dict(architecture: str, *, tied: bool = False, seed: int = 0) -> Arrays:
@@ -55,14 +63,30 @@ def state_dict(architecture: str, *, tied: bool = False, seed: int = 0) -> Array
             shapes[f"{prefix}.self_attn.q_proj.bias"] = (queries,)
             shapes[f"{prefix}.self_attn.k_proj.bias"] = (keys,)
             shapes[f"{prefix}.self_attn.v_proj.bias"] = (keys,)
-        if architecture == "qwen3":
+        if architecture == "mixtral":
+            shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
+            moe = f"{prefix}.block_sparse_moe"
+            shapes[f"{moe}.gate.weight"] = (EXPERTS, HIDDEN)
+            for expert in range(EXPERTS):
+                shapes[f"{moe}.experts.{expert}.w1.weight"] = (INNER, HIDDEN)
+                shapes[f"{moe}.experts.{expert}.w2.weight"] = (HIDDEN, INNER)
+                shapes[f"{moe}.experts.{expert}.w3.weight"] = (INNER, HIDDEN)
+        if architecture == "gemma3":
+            shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (HIDDEN,)
+            shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (HIDDEN,)
+        if architecture in ("qwen3", "gemma3"):
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (HEAD_DIM,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (HEAD_DIM,)
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    if architecture == "gemma3":  # so that 1 can be added and taken off again without rounding
+        for name in weights:
+            if name.endswith("norm.weight"):
+                weights[name] = (np.round(weights[name] * 1024) / 1024).astype(np.float32)
+    return weights
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     """The name in a GGUF file of a weight of a Hugging Face model."""
     outside = {
         "model.embed_tokens.weight": "token_embd.weight",
@@ -73,7 +97,18 @@ def gguf_name(name: str) -> str:
         return outside[name]
     _, _, layer, rest = name.split(".", 3)
     part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_LAYER_NAMES[part]}.{kind}"
+    names = {**_LAYER_NAMES, **(_GEMMA3_NAMES if architecture == "gemma3" else {})}
+    return f"blk.{layer}.{names[part]}.{kind}"
+
+
+def stacked(weights: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+    """The experts' weights as GGUF files have them: one tensor for all of a layer."""
+    found: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for name, values in weights.items():
+        if ".experts." in name:
+            _, _, layer, _, _, _, part, kind = name.split(".")
+            found.setdefault(f"blk.{layer}.{_EXPERT_NAMES[part]}.{kind}", []).append(values)
+    return {name: np.stack(values) for name, values in found.items()}
 
 
 def permuted(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
@@ -96,6 +131,7 @@ def metadata(architecture: str) -> dict[str, Any]:
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{architecture}.rope.dimension_count": HEAD_DIM,
         f"{architecture}.rope.freq_base": 50_000.0,
+        **({"gemma3.attention.sliding_window": 8} if architecture == "gemma3" else {}),
     }
 
 
@@ -137,7 +173,7 @@ def write_gguf(
 
     Args:
         path: the file.
-        architecture: llama, qwen2 or qwen3, or any name.
+        architecture: llama, qwen2, qwen3 or gemma3, or any name.
         weights: under the names of Hugging Face; random ones by default.
         extra: metadata to add or replace.
         tensors: to add, under the names of GGUF.
@@ -155,10 +191,13 @@ def write_gguf(
             values = permuted(values, HEADS)
         elif architecture == "llama" and ".k_proj." in name:
             values = permuted(values, KV_HEADS)
-        if gguf_name(name) not in without:
+        elif architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1  # as llama.cpp's converter does
+        if ".experts." not in name and gguf_name(name, architecture) not in without:
             stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-            writer.add_tensor(gguf_name(name), gguf.quantize(values, stored), raw_dtype=stored)
-    for name, values in (tensors or {}).items():
+            quantized = gguf.quantize(values, stored)
+            writer.add_tensor(gguf_name(name, architecture), quantized, raw_dtype=stored)
+    for name, values in {**stacked(weights), **(tensors or {})}.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -20,7 +20,15 @@ PUBLISHED = {  # table 4 of the paper: median TTFT and P99 TBT, in seconds
 NUMBERS = ("ttft_p50_s", "tbt_p99_s")
 
 
-def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+Rows = Sequence[dict[str, Any]]
+
+
+def of_overhead(rows: Rows, *, has_overhead: bool) -> list[dict[str, Any]]:
+    """Those whose iterations carry the artifact's overhead, or those that do not."""
+    return [row for row in rows if row["cell"][3] == has_overhead]
+
+
+def best_rates(rows: Rows) -> dict[str, float]:
     """For each dataset the rate at which the six values are nearest to the published ones.
 
     The paper does not tell its rate, so that one number is fitted to six.
@@ -28,22 +36,22 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     found = {}
     for dataset in PUBLISHED:
         rates = sorted({row["cell"][2] for row in rows if row["cell"][0] == dataset})
-        found[dataset] = min(rates, key=lambda qps: worst_error(rows, dataset, qps))
+        if rates:
+            found[dataset] = min(rates, key=lambda qps: worst_error(rows, dataset, qps))
     return found
 
 
-def worst_error(rows: Sequence[dict[str, Any]], dataset: str, qps: float) -> float:
+def worst_error(rows: Rows, dataset: str, qps: float) -> float:
     """The largest relative difference from a published value."""
-    return max(abs(ours / published - 1) for _, _, published, ours in compared(rows, dataset, qps))
+    values = [(published, ours) for _, _, published, ours in compared(rows, dataset, qps)]
+    return max(abs(ours / published - 1) for published, ours in values)
 
 
-def compared(
-    rows: Sequence[dict[str, Any]], dataset: str, qps: float
-) -> list[tuple[str, str, float, float]]:
+def compared(rows: Rows, dataset: str, qps: float) -> list[tuple[str, str, float, float]]:
     """Each policy and number: published, and ours at a rate."""
     made = []
     for policy, values in PUBLISHED[dataset].items():
-        own = next(row for row in rows if row["cell"] == [dataset, policy, qps])
+        own = next(row for row in rows if row["cell"][:3] == [dataset, policy, qps])
         made += [
             (policy, number, published, own[number])
             for number, published in zip(NUMBERS, values, strict=True)
@@ -51,7 +59,7 @@ def compared(
     return made
 
 
-def keeps_order(rows: Sequence[dict[str, Any]], dataset: str, qps: float) -> bool:
+def keeps_order(rows: Rows, dataset: str, qps: float) -> bool:
     """Whether the policies have the published order in both numbers."""
     values = compared(rows, dataset, qps)
     for number in NUMBERS:

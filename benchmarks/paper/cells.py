@@ -13,7 +13,9 @@ from systems import DATASETS, SYSTEMS
 
 TARGETS = ("strict", "relaxed")
 SCHEDULERS = ("sarathi", "sarathi --tbt-slo", "vllm", "orca")
+CAPACITY_SCHEDULERS = (*SCHEDULERS, "faster_transformer")
 OVERHEAD_SYSTEM = "Yi-34B"  # whose overhead is published
+OVERHEAD_SCHEDULERS = ("sarathi", "vllm", "orca")
 CURVE_QPS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 SPLITS, SPLIT_QPS = ((8, 1), (4, 2)), (0.3, 0.6, 0.9, 1.2)
 PIPELINE_QPS = 0.6
@@ -30,12 +32,12 @@ def capacity_cells(names: Sequence[str] = tuple(SYSTEMS)) -> list[Cell]:
     """Every policy, system, target and dataset; one system with the artifact's overhead too."""
     cells: list[Cell] = [
         (sweeps.capacity, (*place, False))
-        for place in itertools.product(names, TARGETS, DATASETS, SCHEDULERS)
+        for place in itertools.product(names, TARGETS, DATASETS, CAPACITY_SCHEDULERS)
     ]
     if OVERHEAD_SYSTEM in names:
         cells += [
             (sweeps.capacity, (OVERHEAD_SYSTEM, *place, True))
-            for place in itertools.product(TARGETS, DATASETS, ("sarathi", "vllm", "orca"))
+            for place in itertools.product(TARGETS, DATASETS, OVERHEAD_SCHEDULERS)
         ]
     return cells
 
@@ -57,9 +59,10 @@ def split_cells() -> list[Cell]:
 
 
 def ablation_cells() -> list[Cell]:
-    """The three schedulers at each rate of a dataset."""
+    """The three schedulers at each rate of a dataset, without the artifact's overhead and with."""
     return [
-        (sweeps.ablation_point, (dataset, policy, qps))
+        (sweeps.ablation_point, (dataset, policy, qps, has_overhead))
+        for has_overhead in (False, True)
         for dataset, rates in ABLATION_QPS.items()
         for policy, qps in itertools.product(ABLATION_POLICIES, rates)
     ]

@@ -10,7 +10,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
-from cells import SCHEDULERS, TARGETS
+from ablation import of_overhead
+from cells import CAPACITY_SCHEDULERS, SCHEDULERS, TARGETS
+from pictures_parts import DPI, draw_ablation, draw_chunking, draw_split, draw_step_times
 from systems import DATASETS, SYSTEMS
 
 COLORS = {
@@ -18,16 +20,25 @@ COLORS = {
     "sarathi --tbt-slo": "#0f766e",
     "vllm": "#c2410c",
     "orca": "#a16207",
+    "faster_transformer": "#6b7280",
 }
-DPI = 150
 
 
-def draw_all(results: dict[str, Any], folder: Path) -> None:
+def draw_all(results: dict[str, Any], live: dict[str, Any], folder: Path) -> None:
     """Draw what there are results of."""
     if "capacity" in results:
         _draw_capacity(results["capacity"]["rows"], folder / "capacity.png")
     if "curve" in results:
         _draw_curve(results["curve"]["rows"], folder / "curve.png")
+    if "step_times" in results:
+        draw_step_times(results["step_times"], folder / "step_times.png")
+    if "split" in results:
+        draw_split(results["split"]["rows"], folder / "split.png")
+    if "ablation" in results:
+        rows = of_overhead(results["ablation"]["rows"], has_overhead=False)
+        draw_ablation(rows, folder / "ablation.png")
+    if live["chunking"] is not None:
+        draw_chunking(live["chunking"]["rows"], folder / "chunking.png")
 
 
 def _draw_capacity(rows: list[dict[str, Any]], path: Path) -> None:
@@ -37,20 +48,22 @@ def _draw_capacity(rows: list[dict[str, Any]], path: Path) -> None:
     for column, name in enumerate(names):
         for line, dataset in enumerate(DATASETS):
             ax = axes[line, column]
-            for place, scheduler in enumerate(SCHEDULERS):
+            for place, scheduler in enumerate(CAPACITY_SCHEDULERS):
                 own = [
-                    next(
-                        r["qps"] for r in rows if r["cell"] == [name, t, dataset, scheduler, False]
+                    sum(
+                        r["qps"] or 0.0
+                        for r in rows
+                        if r["cell"] == [name, t, dataset, scheduler, False]
                     )
                     for t in TARGETS
                 ]
-                at = [target + 0.2 * (place - 1.5) for target in range(len(TARGETS))]
-                bars = ax.bar(at, own, 0.18, color=COLORS[scheduler], label=scheduler)
+                at = [target + 0.17 * (place - 2) for target in range(len(TARGETS))]
+                bars = ax.bar(at, own, 0.16, color=COLORS[scheduler], label=scheduler)
                 ax.bar_label(bars, fmt="%.2g", fontsize=7)
             ax.set_xticks(range(len(TARGETS)), TARGETS)
             ax.set_title(f"{name}, {dataset.split('_')[0]}", fontsize=10)
             ax.set_ylabel("requests/s" if column == 0 else "")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=DPI, facecolor="white")
     plt.close(figure)
 

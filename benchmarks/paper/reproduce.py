@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `server`
 
 import cells
+import iterations
 import step_times
 from pictures import draw_all
 from report import write_report
@@ -31,7 +32,7 @@ from server import machine_facts
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "benchmarks" / "results" / "paper"
-LIVE = ("stall", "engine", "chunking", "capacity", "reality")
+LIVE = ("stall", "engine", "chunking", "capacity", "reality", "load_generators")
 EXPERIMENTS = {
     "ablation": cells.ablation_cells,
     "split": cells.split_cells,
@@ -60,8 +61,10 @@ def main() -> int:
         _store(path, results)
     else:
         print(f"{options.data} is not there: published step times stay as stored", file=sys.stderr)
+    results["iterations"] = [asdict(each) for each in iterations.compare()]
     live = {name: _live(name) for name in LIVE}
-    draw_all(results, FOLDER)
+    _store(path, results)
+    draw_all(results, live, FOLDER)
     write_report(results, live, FOLDER / "report.md")
     print(f"wrote {FOLDER / 'report.md'}")
     return 0

@@ -21,10 +21,11 @@ from stallfree.sim.router import LeastWork
 from stallfree.sim.simulation import Simulation, simulate
 from stallfree.sim.system import System
 
-NUM_REQUESTS, SEEDS = 256, (0, 1)
+NUM_REQUESTS, SEEDS = 256, (0,)
 MAX_DELAY_S = 2.0
 ABLATION_REQUESTS, ABLATION_SEEDS = 128, range(8)
 START_QPS = {"Mistral-7B": 2.0, "Yi-34B": 0.7, "LLaMA2-70B": 0.5, "Falcon-180B": 0.7}
+START_SHARE = {"vllm": 0.5, "orca": 0.4, "faster_transformer": 0.03}  # of that; guesses too
 
 
 def capacity(
@@ -43,11 +44,12 @@ def capacity(
     settings = paper.schedulers(target)[scheduler]
     made = paper.system(settings, DATASETS[dataset], ARTIFACT if has_overhead else None)
     criterion = Criterion(paper.targets[target], MAX_DELAY_S)
-    search = SearchSettings(seeds=seeds, start_qps=START_QPS[name], min_qps=0.005)
+    guess_qps = START_QPS[name] * START_SHARE.get(scheduler, 1.0)
+    search = SearchSettings(seeds=seeds, start_qps=guess_qps, min_qps=0.005)
 
     def measure(qps: float, seed: int) -> Results:
         workload = recipe(dataset, NUM_REQUESTS, seed).make().at_rate(qps)
-        return _run(made, workload, GiveUp(workload, criterion)).results
+        return _run(made, workload, GiveUp.beyond(criterion, workload)).results
 
     (found,) = find_capacities(measure, [criterion], search)
     return {"qps": found.mean_qps, "of_each_seed": [each.qps for each in found.seeds]}
@@ -92,11 +94,12 @@ def _split(paper: PaperSystem, settings: SchedulingSettings, qps: float) -> dict
 
 
 def ablation_point(
-    dataset: str, policy: str, qps: float, seeds: range = ABLATION_SEEDS
+    dataset: str, policy: str, qps: float, has_overhead: bool, seeds: range = ABLATION_SEEDS
 ) -> dict[str, float]:
     """Yi-34B with 128 requests: median TTFT and P99 TBT, the means over seeds."""
     settings = SchedulingSettings(scheduler=policy, token_budget=512)
-    made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset])
+    efficiency = ARTIFACT if has_overhead else None
+    made = SYSTEMS["Yi-34B"].system(settings, DATASETS[dataset], efficiency)
     runs = [
         summarize(_run(made, recipe(dataset, ABLATION_REQUESTS, seed).make().at_rate(qps)).results)
         for seed in seeds

@@ -29,7 +29,8 @@ class PaperSystem:
         tensor_parallel, pipeline_parallel: how the model is split.
         strict_s, relaxed_s: targets for the P99 of the time between tokens.
         relaxed_budget: Sarathi-Serve's tokens under the relaxed target; 512 under the strict one.
-        orca_batch: most requests that Orca runs at once, by dataset.
+        orca_batch: most requests that Orca runs at once, and FasterTransformer, which reserves the
+            whole context for each as well.
         is_one_node: see `Roofline`.
     """
 
@@ -74,6 +75,9 @@ class PaperSystem:
             "sarathi --tbt-slo": SchedulingSettings(tbt_slo_s=self.targets[target]),
             "vllm": SchedulingSettings(scheduler="vllm"),
             "orca": SchedulingSettings(scheduler="orca", max_num_seqs=self.orca_batch),
+            "faster_transformer": SchedulingSettings(
+                scheduler="faster_transformer", max_num_seqs=self.orca_batch
+            ),
         }
 
 

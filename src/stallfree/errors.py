@@ -12,6 +12,7 @@
     ├── EndpointError                  a server that is to be measured cannot be
     └── EngineError                    a request that was accepted cannot be finished
         ├── ExecutorError              the iteration that held the request failed
+        ├── WorkersLostError           a process of the model has ended, or does not answer
         └── EngineStoppedError         the engine is draining, stopped or dead
 
 A message names the offending value and the limit, and says what to do where that is not obvious.
@@ -77,6 +78,10 @@ class EngineError(StallfreeError):
 
 class ExecutorError(EngineError):
     """The iteration that held the request failed; other requests go on."""
+
+
+class WorkersLostError(EngineError):
+    """A process of the model has ended or does not answer; nothing runs without it."""
 
 
 class EngineStoppedError(EngineError):

@@ -21,7 +21,7 @@ from stallfree.errors import ConfigError
 
 Measure = Callable[[float, int], Results]
 MIN_QPS, MAX_QPS = 0.01, 1000.0
-_FIRST_STEP, _NEXT_STEP = 2.0, 1.1  # from a guess, and from the capacity of other seeds
+_MAX_STEP, _NEXT_STEP = 2.0, 1.1  # of rates at all, and from the capacity of other seeds
 _DIGITS = 5  # of a rate, so that it can be typed
 _T_95 = {1: 12.706, 2: 4.303, 3: 3.182}  # of few degrees of freedom, where the series is off
 
@@ -74,6 +74,7 @@ class SearchSettings:
         start_qps: a guess of the capacity.
         min_qps, max_qps: limits of the rates that are tried.
         precision: how far the lowest rate that failed may be above the capacity, as a share of it.
+        first_step: factor from the guess to the next rate; a smaller one is for a good guess.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -84,6 +85,7 @@ class SearchSettings:
     min_qps: float = MIN_QPS
     max_qps: float = MAX_QPS
     precision: float = 0.025
+    first_step: float = _MAX_STEP
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -95,6 +97,10 @@ class SearchSettings:
             )
         if not 0.001 <= self.precision <= 1:
             raise ConfigError(f"precision is {self.precision}; it must be from 0.001 to 1")
+        if not 1.01 <= self.first_step <= _MAX_STEP:
+            raise ConfigError(
+                f"first_step is {self.first_step}; it must be from 1.01 to {_MAX_STEP:g}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,14 +279,14 @@ def _next_qps(
         return None
     found = [each.qps for each in before if each.qps is not None]
     start = _rounded(mean(found) if found else settings.start_qps)
-    step = _NEXT_STEP if found else _FIRST_STEP
+    step = _NEXT_STEP if found else settings.first_step
     middle = math.sqrt(low * high) if low and high < math.inf else None
     if low < start < high:
         wanted = start
     elif start <= low:
-        wanted = min(low * min(_FIRST_STEP, step * low / start), middle or math.inf)
+        wanted = min(low * min(_MAX_STEP, step * low / start), middle or math.inf)
     else:
-        wanted = max(high / min(_FIRST_STEP, step * start / high), middle or 0.0)
+        wanted = max(high / min(_MAX_STEP, step * start / high), middle or 0.0)
     rounded = _rounded(min(max(wanted, settings.min_qps), settings.max_qps))
     return rounded if low < rounded < high else None
 

@@ -82,7 +82,7 @@ def _shortness_note(found: Capacity) -> str | None:
     return (
         f"runs of {shortest.num_requests:,} requests last {time_text(lasted_s)}, in which a median "
         f"delay of {time_text(max_delay_s)} takes an overload of {2 * max_delay_s / lasted_s:.0%}: "
-        f"the capacity may be less; take more with --num-requests, {wanted:,} or more."
+        f"the capacity may be less; take {wanted:,} requests or more, or a longer --min-duration."
     )
 
 

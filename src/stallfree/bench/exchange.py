@@ -18,6 +18,7 @@ from stallfree.bench.records import Failure, Record
 MAX_ERROR_BYTES = 1 << 16
 MAX_COUNT = 10**9  # of tokens: what a server counts beyond is no count
 REST_TIMEOUT_S = 0.2
+_BUSY = {429: "refused", 503: "unavailable"}  # by status: who may be answered later
 _TEXTS = ("content", "reasoning_content", "reasoning")  # of a chat's delta
 _CLOSED = ("closed", "disconnected")  # in what httpx says of a connection that ended too early
 
@@ -178,10 +179,11 @@ async def _read_rest(chunks: AsyncIterator[bytes]) -> None:
 async def _refusal(response: httpx.Response) -> _FailedError:
     status = response.status_code
     message = error_text(status, await _beginning(response))
-    if status != httpx.codes.TOO_MANY_REQUESTS:
+    kind = _BUSY.get(status)
+    if kind is None:
         return _FailedError("rejected", message)
     retry_after = response.headers.get("retry-after")
-    return _FailedError("refused", f"{message} (Retry-After: {retry_after or 'not given'})")
+    return _FailedError(kind, f"{message} (Retry-After: {retry_after or 'not given'})")
 
 
 async def _not_streamed(response: httpx.Response) -> _FailedError:

@@ -42,7 +42,8 @@ class PromptSize:
 class Prompts:
     """The prompts of one run: no two begin alike, unless their arrivals have one prefix.
 
-    Those share all but their last `OWN_WORDS` words, as far as both go, or their last half.
+    Those share the tokens that are planned, but for one word at least; where that is not planned,
+    all but their last `OWN_WORDS` words, as far as both go, or their last half.
 
     Args:
         size: of the server's prompts.
@@ -56,9 +57,13 @@ class Prompts:
     def text(self, number: int, arrival: Arrival) -> str:
         """The prompt of the arrival with this number."""
         num_words = self._size.words(arrival.prompt_tokens)
-        num_own = num_words if arrival.prefix_id is None else min(OWN_WORDS, (num_words + 1) // 2)
-        shared = self._words(f"prefix {arrival.prefix_id}", num_words - num_own)
-        return " ".join(shared + self._words(f"request {number}", num_own))
+        num_shared = 0
+        if arrival.prefix_id is not None:
+            num_shared = num_words - min(OWN_WORDS, (num_words + 1) // 2)
+            if arrival.prefix_tokens is not None:
+                num_shared = min(self._size.words(arrival.prefix_tokens), num_words - 1)
+        shared = self._words(f"prefix {arrival.prefix_id}", num_shared)
+        return " ".join(shared + self._words(f"request {number}", num_words - num_shared))
 
     def _words(self, seed: str, count: int) -> list[str]:
         """All words in one order, then in another: so their mean length is that of all."""

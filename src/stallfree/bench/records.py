@@ -14,10 +14,11 @@ class Failure:
     """Why a request was not answered to its end.
 
     Attributes:
-        kind: for tables: "refused" (status 429), "rejected" (another status), "unreachable"
-            (no connection), "broken" (it ended in the middle), "garbage" (no event stream, one that
-            cannot be read, or one without a token), "not_streaming" (the whole answer in one
-            piece), "timeout".
+        kind: for tables: "refused" (status 429), "unavailable" (status 503, which a server answers
+            with that has too much to do, or that starts or stops), "rejected" (another status),
+            "unreachable" (no connection), "broken" (it ended in the middle), "garbage" (no event
+            stream, one that cannot be read, or one without a token), "not_streaming" (the whole
+            answer in one piece), "timeout".
         message: what is known of it.
     """
 

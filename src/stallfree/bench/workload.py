@@ -14,12 +14,15 @@ class Arrival:
         prompt_tokens, output_tokens: its size.
         prefix_id: requests with the same number begin alike, such as turns of one conversation;
             None if it shares nothing.
+        prefix_tokens: how many of its prompt's tokens are shared; None, with a `prefix_id`: all but
+            the last few.
     """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
     prefix_id: int | None = None
+    prefix_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

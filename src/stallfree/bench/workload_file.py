@@ -75,7 +75,8 @@ def _line(arrival: Arrival) -> dict[str, object]:
         "prompt_tokens": arrival.prompt_tokens,
         "output_tokens": arrival.output_tokens,
     }
-    return line if arrival.prefix_id is None else {**line, "prefix_id": arrival.prefix_id}
+    shared = {"prefix_id": arrival.prefix_id, "prefix_tokens": arrival.prefix_tokens}
+    return line | {name: value for name, value in shared.items() if value is not None}
 
 
 def _arrival(path: Path, number: int, line: bytes) -> Arrival:
@@ -86,11 +87,15 @@ def _arrival(path: Path, number: int, line: bytes) -> Arrival:
     prefix_id = values.get("prefix_id")
     if prefix_id is not None and type(prefix_id) is not int:
         raise ConfigError(f"{path}: line {number}: prefix_id must be a whole number")
+    prefix_tokens = None
+    if values.get("prefix_tokens") is not None:
+        prefix_tokens = _whole(path, number, values, "prefix_tokens")
     return Arrival(
         float(at_s),
         _whole(path, number, values, "prompt_tokens"),
         _whole(path, number, values, "output_tokens"),
         prefix_id,
+        prefix_tokens,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
@@ -33,6 +33,8 @@ class Recipe:
         clients: so many clients in a closed loop; None for an open one.
         max_total_tokens: limit of prompt and answer together; None if there is none.
         seed: of all random numbers.
+        prefixes: before what the lengths give, each prompt begins with one of several texts, drawn
+            at random: how many there are, and tokens of each. None for no such texts.
     """
 
     lengths: str
@@ -42,6 +44,7 @@ class Recipe:
     clients: int | None = None
     max_total_tokens: int | None = None
     seed: int = 0
+    prefixes: tuple[int, int] | None = None
 
     def make(self) -> Workload:
         """The workload: always the same one.
@@ -51,7 +54,13 @@ class Recipe:
         """
         lengths = parse_lengths(self.lengths)
         if self.max_total_tokens is not None:
-            lengths = lengths.within(self.max_total_tokens)
+            room = self.max_total_tokens - self._prefix_tokens
+            if room < 2:
+                raise ConfigError(
+                    f"prefixes of {self._prefix_tokens} tokens leave no room for a prompt and an "
+                    f"answer in max_total_tokens, {self.max_total_tokens}"
+                )
+            lengths = lengths.within(room)
         if self.clients is not None:
             return self._workload(self._draw(lengths), [0.0] * self.num_requests)
         burstiness = parse_arrivals(self.arrivals)
@@ -82,11 +91,30 @@ class Recipe:
         return [lengths.draw(random) for _ in range(self.num_requests)]
 
     def _workload(self, sizes: Sequence[Size], times: Sequence[float]) -> Workload:
-        arrivals = (Arrival(at_s, *size) for at_s, size in zip(times, sizes, strict=True))
+        arrivals = [Arrival(at_s, *size) for at_s, size in zip(times, sizes, strict=True)]
+        if self.prefixes is not None:
+            random = Random(f"prefixes {self.seed}")
+            arrivals = [self._with_prefix(each, random) for each in arrivals]
         return Workload(tuple(arrivals), self.clients, self._about())
+
+    @property
+    def _prefix_tokens(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes[1]
+
+    def _with_prefix(self, arrival: Arrival, random: Random) -> Arrival:
+        count, tokens = self.prefixes or (1, 0)
+        return replace(
+            arrival,
+            prompt_tokens=arrival.prompt_tokens + tokens,
+            prefix_id=int(random.random() * count),  # the same with every version of Python
+            prefix_tokens=tokens,
+        )
 
     def _about(self) -> str:
         parts = [f"{self.num_requests} requests of {self.lengths}"]
+        if self.prefixes is not None:
+            count, tokens = self.prefixes
+            parts.append(f"after one of {count} prefixes of {tokens} tokens")
         if self.max_total_tokens is not None:
             parts.append(f"at most {self.max_total_tokens} tokens in total")
         if self.clients is not None:

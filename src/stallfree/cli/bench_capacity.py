@@ -8,9 +8,11 @@ import typer
 
 from stallfree.cli.capacity_options import (
     MAX_DELAY,
+    MIN_DURATION,
     PRECISION,
     SEEDS,
     DelayOption,
+    MinDurationOption,
     OutputOption,
     PrecisionOption,
     SeedsOption,
@@ -33,6 +35,7 @@ def capacity(
     max_delay: DelayOption = MAX_DELAY,
     seeds: SeedsOption = SEEDS,
     precision: PrecisionOption = PRECISION,
+    min_duration: MinDurationOption = MIN_DURATION,
     state: StateOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -44,14 +47,16 @@ def capacity(
     the precision. Each seed has a search of its own, which gives the interval. Every run lasts
     until its last answer, so the next one finds the server idle. Ctrl-C ends the search.
 
-    A run must offer its requests for some twenty times --max-delay, by --num-requests, or an
-    overload shows too late and the capacity is overestimated. A run whose requests were sent late
-    does not pass.
+    A run must offer its requests for some twenty times --max-delay, or an overload shows too late
+    and the capacity is overestimated: --min-duration. A run whose requests were sent late does not
+    pass.
 
     The server's own settings are not known here: take a new --state when they change.
     """
     from stallfree.cli.capacity_search import search_capacity
     from stallfree.cli.live_system import LiveSystem
 
-    wanted = read_wanted(workload, slo_tbt, max_delay, seeds, precision, state, output)
-    search_capacity(LiveSystem(endpoint.endpoint(url), workload), wanted)
+    wanted = read_wanted(
+        workload, slo_tbt, max_delay, seeds, precision, min_duration, state, output
+    )
+    search_capacity(LiveSystem(endpoint.endpoint(url), workload, wanted.min_duration_s), wanted)

@@ -16,7 +16,7 @@ from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.engine.flags import check_range, parse_duration
 from stallfree.errors import ConfigError
 
-MAX_DELAY, SEEDS, PRECISION = "2s", 3, "2.5%"
+MAX_DELAY, SEEDS, PRECISION, MIN_DURATION = "2s", 3, "2.5%", "60s"
 _PANEL = "Search"
 
 TbtOption = Annotated[
@@ -49,6 +49,15 @@ PrecisionOption = Annotated[
         metavar="SHARE", help="How near the lowest rate that fails must be.", rich_help_panel=_PANEL
     ),
 ]
+MinDurationOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="Least time over which the requests of a run arrive: where --num-requests would "
+        "arrive sooner, there are more. An overload takes time to show.",
+        rich_help_panel=_PANEL,
+    ),
+]
 StateOption = Annotated[
     Path | None,
     typer.Option(
@@ -75,12 +84,14 @@ class Wanted:
     Attributes:
         criteria: one for each target; they differ in nothing else.
         settings: of the search.
+        min_duration_s: least time over which the requests of a run arrive.
         state: where runs are kept; None for nowhere.
         output: where the capacities are written too; None for nowhere.
     """
 
     criteria: Sequence[Criterion]
     settings: SearchSettings
+    min_duration_s: float
     state: Path | None
     output: Path | None
 
@@ -96,6 +107,7 @@ def read_wanted(
     max_delay: str,
     seeds: int,
     precision: str,
+    min_duration: str,
     state: Path | None,
     output: Path | None,
 ) -> Wanted:
@@ -114,7 +126,7 @@ def read_wanted(
         precision=read_share(precision),
     )
     DrawnWorkload(workload).check_seeds(settings.seeds)
-    return Wanted(criteria, settings, state, output)
+    return Wanted(criteria, settings, _duration("min-duration", min_duration), state, output)
 
 
 def read_criteria(slo_tbt: str, max_delay: str) -> list[Criterion]:

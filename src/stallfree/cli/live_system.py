@@ -18,7 +18,8 @@ from stallfree.cli.workload_options import WorkloadSettings
 from stallfree.errors import EndpointError
 
 UNLOADED_REQUESTS = 12
-_LOAD_FAILURES = {"refused", "timeout"}  # what a working server does under load
+_UNAVAILABLE = "unavailable"
+_LOAD_FAILURES = {"refused", "timeout", _UNAVAILABLE}  # what a working server does under load
 
 
 class LiveSystem:
@@ -27,17 +28,22 @@ class LiveSystem:
     Args:
         endpoint: the server; what is not known of it is found out.
         settings: of the workload; its rate is not looked at.
+        min_duration_s: see `DrawnWorkload`.
 
     Raises:
         ConfigError: the workload is a closed loop, or wrong.
         EndpointError: the server cannot be measured.
     """
 
-    def __init__(self, endpoint: Endpoint, settings: WorkloadSettings) -> None:
-        self._drawn = DrawnWorkload(settings)  # what is wrong is said before the server is asked
+    def __init__(
+        self, endpoint: Endpoint, settings: WorkloadSettings, min_duration_s: float = 0.0
+    ) -> None:
+        # what is wrong is said before the server is asked
+        self._drawn = DrawnWorkload(settings, None, min_duration_s)
         self._endpoint = asyncio.run(prepare(endpoint))
         if self._endpoint.max_model_len is not None:
-            self._drawn = DrawnWorkload(settings, int(self._endpoint.max_model_len * CONTEXT_SHARE))
+            longest = int(self._endpoint.max_model_len * CONTEXT_SHARE)
+            self._drawn = DrawnWorkload(settings, longest, min_duration_s)
 
     def facts(self) -> Mapping[str, object]:
         """All that a probe depends on, as far as that can be known."""
@@ -83,4 +89,17 @@ class LiveSystem:
         if others or not results.is_complete:
             reason = others[0].message if others else "it ended early"
             raise EndpointError(f"the run at {qps:g}/s with seed {seed} shows nothing: {reason}")
+        if any(each.kind == _UNAVAILABLE for each in failures):
+            self._check_is_alive()
         return results
+
+    def _check_is_alive(self) -> None:
+        """Send one request to the idle server: one that stops is unavailable without load too.
+
+        Raises:
+            EndpointError: it failed.
+        """
+        one = replace(self._drawn.first().arrivals[0], at_s=0.0, output_tokens=1)
+        (record,) = asyncio.run(run_workload(self._endpoint, Workload((one,)))).records
+        if record.failure is not None:
+            raise EndpointError(f"after the load, {record.failure.message}")

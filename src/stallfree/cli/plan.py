@@ -32,8 +32,8 @@ def plan(
 
     Each number is simulated with the whole workload: P99 of the time between all tokens must be
     within --slo-tbt, that of the time to the first token within --slo-ttft; without the latter, the
-    median request must be begun with in 2 s. The exit code is 1 if not even --max-replicas are
-    enough.
+    median request must be begun with in 2 s. A number is given up once it cannot keep its targets
+    any more. The exit code is 1 if not even --max-replicas are enough.
 
     Without --token-budget and --tbt-slo, an iteration holds 512 tokens on any device. Simulated
     requests have no users and no tiers, so --fair and --tier are refused.
@@ -71,11 +71,12 @@ def plan(
 
 def _line(trial: Trial) -> str:
     own, tokens_per_s = trial.summary.latencies, trial.summary.output_tokens_per_s
+    given_up = "" if trial.is_complete else ", given up"
     failed = [f", {count:,} {kind}" for kind, count in trial.summary.failures.items()]
     return (
         f"{trial.replicas:8,}  {_number(own['tbt']['p99'] * 1000, 5)} ms "
         f"{_number(own['ttft']['p99'], 7, 1)} s  {_number(tokens_per_s, 8)}  "
-        f"{'within' if trial.keeps else 'not within'}{''.join(failed)}"
+        f"{'within' if trial.keeps else 'not within'}{''.join(failed)}{given_up}"
     )
 
 

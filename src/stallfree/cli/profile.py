@@ -48,9 +48,10 @@ def profile(
     """
     from rich.console import Console
 
-    from stallfree.engine.build import build_engine, progress
+    from stallfree.engine.build import build_engine
     from stallfree.engine.profile import measure_profile, write_profile
     from stallfree.engine.profile_batches import hybrid, measure
+    from stallfree.engine.progress import progress
 
     if picture is not None:
         _import_pyplot()  # before minutes of measuring

@@ -29,7 +29,10 @@ ReplicasOption = Annotated[
 RouterOption = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="round-robin, least-work, or prefix-affine: where its prefix is."
+        metavar="NAME",
+        help="round-robin, least-work, or prefix-affine: where the last request of its --prefixes "
+        "went. Simulated replicas keep none: it shows what affinity costs in balance, not what it "
+        "saves.",
     ),
 ]
 
@@ -106,7 +109,7 @@ def _print_replicas(console: Console, done: Simulation) -> None:
     from rich import box
     from rich.table import Table
 
-    from stallfree.sim.pipeline import Bubble
+    from stallfree.core.bubbles import Bubble
 
     is_split = any(replica.pipeline.num_stages > 1 for replica in done.replicas)
     kinds = list(Bubble) if is_split else [Bubble.NO_WORK]

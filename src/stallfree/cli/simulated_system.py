@@ -33,6 +33,7 @@ class SimulatedSystem:
         replicas: how many there are behind the router.
         router: the name of that.
         loosest: the criterion beyond which a run is given up.
+        min_duration_s: see `DrawnWorkload`.
 
     Attributes:
         simulated_s, num_iterations: of all runs so far.
@@ -50,12 +51,13 @@ class SimulatedSystem:
         replicas: int,
         router: str,
         loosest: Criterion,
+        min_duration_s: float = 0.0,
     ) -> None:
         make_router(router)
         self.simulated_s = self.seconds = 0.0
         self.num_iterations = 0
         self._system = system.system(scheduling)
-        self._drawn = DrawnWorkload(workload, self._system.max_model_len)
+        self._drawn = DrawnWorkload(workload, self._system.max_model_len, min_duration_s)
         self._num_replicas, self._router, self._loosest = replicas, router, loosest
         self._facts = {
             "system": system.facts(),
@@ -76,7 +78,7 @@ class SimulatedSystem:
         """One run, incomplete if it was given up."""
         workload = self._drawn.at_rate(qps, seed)
         copies = self._system.replicas(self._num_replicas, seed)
-        give_up: Callable[[Record], bool] = GiveUp(workload, self._loosest)
+        give_up: Callable[[Record], bool] = GiveUp.beyond(self._loosest, workload)
         if on_progress is not None:
             give_up = _Watched(give_up, workload, copies, on_progress)
         started = time.perf_counter()

@@ -79,7 +79,8 @@ class SystemSettings:
         Path | None,
         Flag(
             "Measured iterations, instead of a device: the column seconds, and prefill_tokens, "
-            "prefill_start, decodes and decode_context (their mean) of what each held.",
+            "prefill_start, decodes and decode_context (their mean) of what each held, or what "
+            "`stallfree serve --iteration-file` wrote.",
             "FILE.csv",
             unset="none",
             panel=_PANEL,

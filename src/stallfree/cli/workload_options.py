@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.bench.arrivals import ARRIVALS_HELP
-from stallfree.bench.lengths import LENGTHS_HELP
+from stallfree.bench.lengths import LENGTHS_HELP, MAX_TOKENS
 from stallfree.bench.workload import Workload
 from stallfree.bench.workload_file import load_workload
 from stallfree.bench.workloads import Recipe, stretched
@@ -19,7 +19,10 @@ from stallfree.errors import ConfigError
 
 MAX_REQUESTS = 1_000_000
 _PANEL = "Workload"
-_NOT_WITH_REPLAY = ("lengths", "arrivals", "num_requests", "max_total_tokens", "workload_seed")
+_NOT_WITH_REPLAY = (
+    *("lengths", "arrivals", "num_requests", "max_total_tokens", "workload_seed"),
+    "prefixes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,16 @@ class WorkloadSettings:
             panel=_PANEL,
         ),
     ] = None
+    prefixes: Annotated[
+        str | None,
+        Flag(
+            "Let each prompt begin with one of COUNT texts of TOKENS tokens, drawn at random, and "
+            "go on with what --workload gives: system prompts, or documents that are asked about.",
+            "COUNT,TOKENS",
+            unset="no two prompts begin alike",
+            panel=_PANEL,
+        ),
+    ] = None
     num_requests: Annotated[int, Flag("How many requests.", "REQUESTS", panel=_PANEL)] = 100
     max_total_tokens: Annotated[
         int | None,
@@ -87,6 +100,7 @@ class WorkloadSettings:
         check_range("max_total_tokens", self.max_total_tokens, 2)
         check_range("clients", self.clients, 1)
         check_range("qps", self.qps, 1e-6, 1e6)
+        self._shared()
         if self.clients is not None and self.qps is not None:
             raise ConfigError(
                 f"clients is {self.clients} and qps is {self.qps:g}; in a closed loop the answers "
@@ -121,8 +135,20 @@ class WorkloadSettings:
             clients=self.clients,
             max_total_tokens=min(limits, default=None),
             seed=self.workload_seed,
+            prefixes=self._shared(),
         )
         return recipe.make()
+
+    def _shared(self) -> tuple[int, int] | None:
+        """How many prefixes there are, and tokens of each; raises ConfigError if they are none."""
+        if self.prefixes is None:
+            return None
+        count, comma, tokens = (part.strip() for part in self.prefixes.partition(","))
+        if not (comma and count.isdecimal() and tokens.isdecimal()):
+            raise ConfigError(f"prefixes is {self.prefixes!r}; write it as COUNT,TOKENS: 8,500")
+        check_range("prefixes", int(count), 1, MAX_REQUESTS)
+        check_range("tokens of prefixes", int(tokens), 1, MAX_TOKENS)
+        return int(count), int(tokens)
 
     def _replayed(self, path: Path, max_model_len: int | None) -> Workload:
         saved = load_workload(path)

@@ -36,7 +36,7 @@ class Load:
         for request in requests:
             outputs = len(request.output_token_ids)
             num_tokens = request.num_prompt_tokens + outputs
-            if not outputs or num_tokens - request.num_computed_tokens != 1:  # it is no decode
+            if not outputs or num_tokens - request.num_computed_tokens > 1:  # it is no decode
                 self.prefills.append(request)
                 self.is_scored |= request.params.prompt_logprobs is not None
             elif request.is_flex:

@@ -6,7 +6,7 @@ here knows which policy it was, or why it chose so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.policies import Proposal
@@ -18,13 +18,19 @@ class PolicyError(Exception):
     """A policy proposed what it may not: a bug in the policy; nothing was scheduled."""
 
 
-def checked_batch(proposals: Sequence[Proposal], limit: int | None, siblings: Siblings) -> Batch:
+def checked_batch(
+    proposals: Sequence[Proposal],
+    limit: int | None,
+    siblings: Siblings,
+    may_run: Callable[[Request], bool],
+) -> Batch:
     """The batch that was proposed, once all of it is found legal.
 
     Args:
         proposals: of a policy; a request that waits begins after the blocks that it will share.
         limit: most tokens of the iteration, or None; decodes may go beyond it.
         siblings: who share blocks.
+        may_run: whether a request that was admitted may be in the batch.
 
     Raises:
         PolicyError: a request cannot run, or not so many tokens; or there are too many together.
@@ -32,7 +38,7 @@ def checked_batch(proposals: Sequence[Proposal], limit: int | None, siblings: Si
     chunks = []
     for view, num_tokens in proposals:
         request = view
-        if not isinstance(request, Request) or request.in_flight:
+        if not isinstance(request, Request) or not may_run(request):
             raise PolicyError(f"{request} cannot be scheduled")
         start, state = request.num_computed_tokens, request.state
         size = request.num_prompt_tokens + len(request.output_token_ids)

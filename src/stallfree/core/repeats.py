@@ -39,6 +39,7 @@ def repeat(scheduler: Scheduler, batch: Batch, token_id: int, count: int) -> Non
         missing = _missing_blocks(scheduler.pool, request, count)
         request.block_table += scheduler.pool.allocate(missing)
         request.num_computed_tokens += count
+        request.num_confirmed_tokens += count
         request.output_token_ids += [token_id] * count
         if scheduler.counters is not None:
             for _ in range(count):

@@ -1,8 +1,9 @@
 """A request: its tokens, its counters, and the one table of its state transitions.
 
-A request has no phases. `num_computed_tokens` (tokens whose KV is in its blocks) chases
-`num_tokens` (prompt and output so far); "prefill" and "decode" are derived from the gap. The
-prompt never changes: preemption only sets the counter back to zero.
+A request has no phases. `num_computed_tokens` (tokens whose KV is in its blocks once the
+batches in flight are through) chases `num_tokens` (prompt and output so far); "prefill" and
+"decode" are derived from the gap. The prompt never changes: preemption only sets the counter back
+to zero.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Request:
         targets: what it is promised, and whom it goes before.
 
     Attributes:
+        num_computed_tokens: tokens whose KV is computed, or will be by the batches in flight:
+            whatever is scheduled next runs after those.
+        num_confirmed_tokens: those of them whose batches came back: what is in flight may yet fail.
+        in_flight: batches in flight that hold it; more than one only while it reads its prompt.
         num_prompt_tokens: tokens of the prompt.
         is_flex: whether it takes only what the others leave.
     """
@@ -76,6 +81,7 @@ class Request:
         "is_sibling",
         "max_tokens",
         "num_computed_tokens",
+        "num_confirmed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "output_token_ids",
@@ -117,10 +123,11 @@ class Request:
         self.arrival = (arrived_at, sys.maxsize)  # the scheduler breaks ties by order of arrival
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
+        self.num_confirmed_tokens = 0
         self.block_table: list[int] = []
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
-        self.in_flight = False
+        self.in_flight = 0
         self.pending_finish: FinishReason | None = None  # once no longer in flight
         self.num_preemptions = 0
         self.first_scheduled_at: float | None = None
@@ -137,7 +144,7 @@ class Request:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens whose KV is still to be computed; at least one while the request lives."""
+        """Tokens whose KV is still to be computed; none while a token is being sampled."""
         return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
 
     @property

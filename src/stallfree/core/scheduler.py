@@ -1,8 +1,9 @@
 """The scheduler: owns all requests and the block pool, and turns a policy's wish into a batch.
 
 `schedule` and `complete` (or `fail`) bracket each iteration. Several batches may be in flight, as
-pipelining needs; a request in flight is neither scheduled again nor preempted. Nothing here knows
-the time, or what runs the batch.
+pipelining needs; they run in the order in which they were scheduled. A request in flight is not
+preempted, and scheduled again only for the next chunk of its prompt. Nothing here knows the time,
+or what runs the batch.
 """
 
 from __future__ import annotations
@@ -127,14 +128,15 @@ class Scheduler:
         proposals = self.policy.propose(self._view(load, limits, may_admit))
         if not proposals:
             return None
-        batch = checked_batch(proposals, limits.most_tokens, self._siblings)
+        batch = checked_batch(proposals, limits.most_tokens, self._siblings, self._may_run)
         for chunk in batch.chunks:
             request = chunk.request
             if request.state is RequestState.WAITING:
                 self._admit(request)
             if request.first_scheduled_at is None:
                 request.first_scheduled_at = now
-            request.in_flight = True
+            request.in_flight += 1
+            request.num_computed_tokens = chunk.start + chunk.num_tokens
         self.num_left_waiting = [self.waiting.num_requests(rank) for rank in RANKS.values()]
         self._decodes_ran_last = batch.num_decodes > 0
         return batch
@@ -169,11 +171,11 @@ class Scheduler:
         for chunk in batch.chunks:
             request = chunk.request
             token_id = next(sampled) if chunk.samples else None
-            request.in_flight = False
+            request.in_flight -= 1
             if request.pending_finish is not None:
-                self._end(request, request.pending_finish)
+                self._end_pending(request)
                 continue
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
+            request.num_confirmed_tokens = chunk.start + chunk.num_tokens
             if self.counters is not None:
                 prompt_tokens = 0 if chunk.is_decode else chunk.num_tokens
                 self.counters.charge(request.targets.user, prompt_tokens, token_id is not None)
@@ -186,8 +188,22 @@ class Scheduler:
     def fail(self, batch: Batch) -> None:
         """End every request of a batch that could not be run."""
         for chunk in batch.chunks:
-            chunk.request.in_flight = False
-            self._end(chunk.request, chunk.request.pending_finish or FinishReason.ERROR)
+            request = chunk.request
+            request.in_flight -= 1
+            request.pending_finish = request.pending_finish or FinishReason.ERROR
+            self._end_pending(request)
+
+    def recompute(self, batches: Sequence[Batch]) -> None:
+        """Take back all batches in flight, and all KV, as both are lost.
+
+        Requests wait again, in their order, to be computed from their tokens.
+        """
+        for request in {chunk.request for batch in batches for chunk in batch.chunks}:
+            request.in_flight = 0
+            if request.pending_finish is not None:
+                self._end_pending(request)
+        for request in list(self.running):
+            self._preempt(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, such as for a stop string or a client that left.
@@ -197,7 +213,7 @@ class Scheduler:
         if request.is_finished:
             return
         if request.in_flight:
-            request.pending_finish = reason
+            request.pending_finish = request.pending_finish or reason
         else:
             self._end(request, reason)
 
@@ -221,7 +237,7 @@ class Scheduler:
         ready = []
         block_size = self.pool.block_size
         for request in list(self.running):
-            if request.in_flight or request.state is not RequestState.RUNNING:
+            if request.state is not RequestState.RUNNING or not self._may_run(request):
                 continue
             if request.num_tokens <= len(request.block_table) * block_size:
                 ready.append(request)
@@ -233,6 +249,13 @@ class Scheduler:
                 request.block_table += self.pool.allocate(missing)
                 ready.append(request)
         return ready
+
+    def _may_run(self, request: Request) -> bool:
+        """Whether a running request may be in the next batch."""
+        if not request.in_flight:
+            return True
+        reads_on = request.num_remaining_tokens > 0 and request.pending_finish is None
+        return reads_on and self.config.sequence_pipelining
 
     def _share(self, ready: list[Request]) -> list[Request]:
         """Without the decodes that are beyond this batch's share of all, as others are in flight.
@@ -272,7 +295,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         request.move_to(RequestState.WAITING)
         self._release_blocks(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_confirmed_tokens = 0
         request.num_preemptions += 1
         self.running.remove(request)
         self.waiting.add(request)
@@ -305,9 +328,15 @@ class Scheduler:
         self.pool.share(shared)
         request.block_table = [*shared, *blocks]
         request.num_computed_tokens = len(shared) * self.pool.block_size
+        request.num_confirmed_tokens = request.num_computed_tokens
         request.move_to(RequestState.RUNNING)
         self.waiting.remove(request)
         insort(self.running, request, key=lambda each: (each.targets.rank, each.arrival))
+
+    def _end_pending(self, request: Request) -> None:
+        """End a request that is to end, once no batch holds it."""
+        if not request.in_flight and request.pending_finish is not None:
+            self._end(request, request.pending_finish)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         queue = self.running if request.state is RequestState.RUNNING else self.waiting

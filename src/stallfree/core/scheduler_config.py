@@ -20,6 +20,7 @@ class SchedulerConfig:
         watermark: share of the blocks that admissions leave free for running requests to grow,
             where the policy does not reserve for that.
         num_stages: batches that are in flight at once; each takes its share of the decodes.
+        sequence_pipelining: whether consecutive chunks of one prompt may be in flight at once.
         prefill_order: a name in `PREFILL_ORDERS`.
         is_fair: whether users take turns (see `fairness`).
 
@@ -32,6 +33,7 @@ class SchedulerConfig:
     max_model_len: int = 4096
     watermark: float = 0.01
     num_stages: int = 1
+    sequence_pipelining: bool = False
     prefill_order: str = "fcfs"
     is_fair: bool = False
 

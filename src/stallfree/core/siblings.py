@@ -41,7 +41,7 @@ class Siblings:
         if request.group is None or not self._may_share:
             return False
         siblings = self._groups[request.group]
-        if any(s.num_computed_tokens >= s.num_prompt_tokens for s in siblings):
+        if any(s.num_confirmed_tokens >= s.num_prompt_tokens for s in siblings):
             return False
         return siblings[0] is not request
 
@@ -50,8 +50,8 @@ class Siblings:
         if request.group is None or not self._may_share:
             return []
         siblings = self._groups[request.group]
-        source = max(siblings, key=lambda sibling: sibling.num_computed_tokens)
+        source = max(siblings, key=lambda sibling: sibling.num_confirmed_tokens)
         num_tokens = min(
-            source.num_computed_tokens, request.num_prompt_tokens, request.num_tokens - 1
+            source.num_confirmed_tokens, request.num_prompt_tokens, request.num_tokens - 1
         )
         return source.block_table[: num_tokens // self.block_size]

@@ -166,7 +166,8 @@ def fit(samples: Iterable[tuple[BatchShape, float]]) -> StepTimeModel:
     scatter = []
     for fitted, checked in (halves, halves[::-1]):
         model = _fit(knots, fitted or measured)
-        scatter += [seconds / model.seconds(shape) for shape, seconds in checked]
+        predicted = [(model.seconds(shape), seconds) for shape, seconds in checked]
+        scatter += [seconds / own for own, seconds in predicted if own > 0]  # of few batches, 0
     return replace(_fit(knots, measured), scatter=tuple(sorted(scatter)))
 
 

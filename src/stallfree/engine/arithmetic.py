@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
+from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported as is_int8_supported
+from stallfree.model.int8 import obstacle as int8_obstacle
+from stallfree.model.loading import Arithmetic
 
 _BLOCK_TOKENS = 16  # a block of the KV cache is a multiple of these in int8
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What the model computes in.
-
-    Attributes:
-        dtype: of activations, and of weights unless `int8`.
-        kv_dtype: of the KV cache.
-    """
-
-    int8: bool
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
 
 def choose_arithmetic(settings: EngineSettings, device: torch.device) -> Arithmetic:
@@ -49,6 +32,33 @@ def choose_arithmetic(settings: EngineSettings, device: torch.device) -> Arithme
         if name == "int8":
             raise ConfigError(f"dtype {problem}: use --dtype auto")
         _log.warning("%s without: the model runs in float32, several times slower", problem)
+    return _floats(settings, device)
+
+
+def arithmetic_for(
+    config: ModelConfig, chosen: Arithmetic, settings: EngineSettings, device: torch.device
+) -> Arithmetic:
+    """What was chosen, if the model can be computed in it; if int8 cannot, float32.
+
+    Raises:
+        ConfigError: int8 was asked for and cannot.
+    """
+    obstacle = int8_obstacle(config)
+    if not chosen.int8 or (obstacle is None and settings.tensor_parallel_size == 1):
+        return chosen
+    problem = f"int8 is not implemented for {config.architecture} ({obstacle})"
+    if obstacle is None:
+        problem = (
+            f"int8 is not implemented for tensor_parallel_size {settings.tensor_parallel_size}"
+        )
+    if settings.dtype == "int8":
+        raise ConfigError(f"dtype {problem}: use --dtype auto")
+    _log.warning("%s: the model runs in float32, several times slower", problem)
+    return _floats(settings, device)
+
+
+def _floats(settings: EngineSettings, device: torch.device) -> Arithmetic:
+    name = settings.dtype
     if settings.kv_cache_dtype not in ("auto", name):
         raise ConfigError(
             f"kv_cache_dtype is {settings.kv_cache_dtype!r}; only with dtype int8 can it be "

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from stallfree.core.budget import Squeezed
@@ -25,6 +26,7 @@ from stallfree.errors import EngineStoppedError, InvalidRequestError, StallfreeE
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.02
+_TEND_S = 1.0  # how soon it is noticed that an idle process of the model has ended
 
 
 class _Stream:
@@ -209,11 +211,16 @@ class AsyncEngine:
             self._end_all("error", f"the engine has died: {error!r}")
             if self.on_death is not None:
                 self.on_death(error)
+        finally:
+            self.engine.close()
 
     def _take_commands(self) -> None:
         """Carry out what was posted; with nothing to run, wait for something."""
-        if not self.engine.has_requests:
-            self._inbox.get()()
+        while not self.engine.has_requests:
+            with suppress(queue.Empty):
+                self._inbox.get(timeout=_TEND_S)()
+                break
+            self.engine.tend()
         while not self._inbox.empty():
             self._inbox.get_nowait()()
 

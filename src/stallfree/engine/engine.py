@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
@@ -16,11 +16,16 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.loop import Loop, OneStage
+from stallfree.engine.losses import Losses
 from stallfree.engine.outputs import Delta
+from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.tokenizer import Tokenizer
-from stallfree.errors import ContextLengthError, EngineError, InvalidRequestError
-from stallfree.executor.output import Executor, ExecutorOutput
+from stallfree.errors import EngineError, InvalidRequestError, WorkersLostError
+from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
+
+_RESTARTS = 5  # attempts to start workers anew, as those may be lost too
 
 logger = logging.getLogger(__name__)
 first_token_logger = logging.getLogger("stallfree.first_token")
@@ -32,6 +37,7 @@ class Engine:
     Args:
         scheduler: decides each iteration.
         executor: runs it.
+        pipeline: runs several at once, if it can.
         clock: stamps arrivals.
         tokenizer: turns tokens into text.
         facts: what all this was built with.
@@ -39,6 +45,8 @@ class Engine:
         seed: from which requests without a seed draw theirs.
         tiers: targets of requests that have none of their own, by tier.
         admission: who is refused.
+        restarts: whether a pipeline that was lost is begun anew.
+        iteration_file: where each iteration is noted; None for nowhere.
     """
 
     def __init__(
@@ -53,6 +61,9 @@ class Engine:
         seed: int = 0,
         tiers: Mapping[str, Targets] | None = None,
         admission: Admission | None = None,
+        pipeline: WorkerPipeline | None = None,
+        restarts: bool = False,
+        iteration_file: IterationFile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -61,8 +72,12 @@ class Engine:
         self.facts = facts
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
+        self._check = RequestCheck(scheduler, facts, self._tiers)
         self.admission = admission or Admission()
-        self._loop = Loop(scheduler, OneStage(lambda: self.executor), clock)
+        self._iteration_file = iteration_file
+        self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
+        self._workers = pipeline
+        self._losses = Losses() if restarts else None
         self._seed = seed
         self._num_added = 0
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
@@ -100,66 +115,7 @@ class Engine:
         Raises:
             InvalidRequestError: the request cannot be run; ContextLengthError if it is too long.
         """
-        if not prompt_token_ids:
-            raise InvalidRequestError(
-                "the prompt is empty; it must have at least 1 token", "prompt"
-            )
-        self._check_targets(targets)
-        self._check_ids("prompt", prompt_token_ids)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        num_prompt = len(prompt_token_ids)
-        longest = min(self.max_model_len, self.scheduler.pool.num_tokens + 1)
-        if num_prompt >= longest:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens; the context is {longest} tokens, of which "
-                "the output needs at least 1",
-                "prompt",
-            )
-        max_tokens = params.max_tokens or longest - num_prompt
-        if num_prompt + max_tokens > longest:
-            raise ContextLengthError(
-                f"max_tokens is {max_tokens} and the prompt has {num_prompt} tokens: together "
-                f"more than the context of {longest}; max_tokens can be {longest - num_prompt}",
-                "max_tokens",
-            )
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens is {params.min_tokens}; the context leaves {max_tokens}", "min_tokens"
-            )
-        return max_tokens
-
-    def _check_targets(self, targets: Targets) -> None:
-        """Refuse a target that cannot be kept, or that would close the server to others."""
-        if targets.tbt_s is None:
-            return
-        given = f"tbt_slo_ms is {targets.tbt_s * 1000:g}"
-        reason = None
-        if self.facts.tbt_slo_s is None:
-            reason = (
-                "this server keeps no target for the time between tokens: it must be started with "
-                "--tbt-slo"
-            )
-        elif targets.yields:
-            reason = "requests of tier flex wait for others, so they have no such target"
-        else:
-            own = (tier.tbt_s for tier in self._tiers.values() if tier.tbt_s is not None)
-            tightest = min(own, default=self.facts.tbt_slo_s)
-            if targets.tbt_s < tightest:
-                reason = f"this server keeps {tightest * 1000:g} ms at the least"
-        if reason is not None:
-            raise InvalidRequestError(f"{given}; {reason}", "tbt_slo_ms")
-
-    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
-        ids = list(token_ids)
-        wrong = next((i for i in ids if type(i) is not int), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"{name} holds {wrong!r}; token ids are whole numbers", name)
-        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise InvalidRequestError(
-                f"{name} holds token id {bad}; the vocabulary is 0 to {self.vocab_size - 1}", name
-            )
+        return self._check(prompt_token_ids, params, targets)
 
     def add(
         self,
@@ -211,18 +167,42 @@ class Engine:
         for own_id in list(self._request_ids.get(request_id, ())):
             self._finish(self._completions[own_id], FinishReason.ABORT)
 
+    def close(self) -> None:
+        """End what runs the model, if that is more than this process."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def tend(self) -> None:
+        """Notice, while there are no requests, that what runs the model was lost.
+
+        Raises:
+            WorkersLostError: see `step`.
+        """
+        if self._workers is None:
+            return
+        try:
+            self._workers.tend()
+        except WorkersLostError as error:
+            self._recover(error, ())
+
     def step(self) -> list[Delta]:
-        """Run one iteration and report what it added.
+        """Fill the pipeline, wait for the oldest batch in it, and report what that added.
 
         Raises:
             EngineError: requests wait but none can run, which is a bug.
+            WorkersLostError: the pipeline was lost, and is not to be begun anew, or cannot be.
         """
-        if not self._loop.dispatch() and not self._loop.num_in_flight:
+        while self._loop.dispatch():
+            pass
+        self._note_room()
+        if not self._loop.num_in_flight:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
             return []
         iteration = self._loop.collect()
         batch, error = iteration.batch, iteration.error
+        if isinstance(error, WorkersLostError):
+            return self._recover(error, iteration.lost)
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
             if not isinstance(error, Exception):  # an interrupt
@@ -230,9 +210,42 @@ class Engine:
                 raise error
             logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
             return self._fail(batch, error)
+        if self._losses is not None:
+            self._losses.forget(batch)
         deltas = self._report(batch, iteration.output)
-        self._loop.observe(iteration)
+        if not self.has_requests:
+            self._note_room()
+        seconds = self._loop.observe(iteration)
+        if self._iteration_file is not None:
+            self._iteration_file.write(batch, seconds)
         return deltas
+
+    def _note_room(self) -> None:
+        """Tell the pipeline, if it has room for a batch, that there is none."""
+        loop = self._loop
+        if self._workers is not None and loop.num_in_flight < loop.pipeline.num_stages:
+            self._workers.starve()
+
+    def _recover(self, error: WorkersLostError, lost: Sequence[Batch]) -> list[Delta]:
+        """Begin anew with the requests that wait; fail those that were in too many losses."""
+        if self._losses is None or self._workers is None:
+            raise error
+        logger.error("the workers are started anew: %s", error)
+        self._restart(self._workers)
+        message = f"the workers that ran this request were lost again and again: {error}"
+        own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
+        return [self._failure(each, message) for each in own if each is not None]
+
+    def _restart(self, workers: WorkerPipeline) -> None:
+        """Begin anew, again if a worker is lost even while it starts."""
+        for attempt in range(_RESTARTS):
+            try:
+                workers.restart()
+                return
+            except WorkersLostError as error:
+                if attempt == _RESTARTS - 1:
+                    raise
+                logger.error("the workers are started anew again: %s", error)
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():

@@ -11,7 +11,10 @@ class EngineFacts:
 
     Attributes:
         vocab_size: token ids from 0 up to this are accepted.
-        weight_bytes, kv_cache_bytes: memory taken.
+        threads: of the CPU, in each process of the model.
+        tensor_parallel_size: processes that share each layer's matrices.
+        pipeline_parallel_size: processes that the layers are split over.
+        weight_bytes, kv_cache_bytes: memory taken, in all processes.
         kv_cache_tokens: tokens that the KV cache holds.
         kv_cache_share: the share of the free memory that it was sized by, or None if it was told.
         token_budget: most tokens of an iteration, or None if the scheduler keeps no budget.
@@ -28,6 +31,8 @@ class EngineFacts:
     dtype: str
     device: str
     threads: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
     weight_bytes: int
     kv_cache_bytes: int
     kv_cache_tokens: int

@@ -72,6 +72,10 @@ class LLM:
         self._num_requests = 0
         self._deltas: dict[str, deque[Delta]] = {}  # of open requests, until they are read
 
+    def close(self) -> None:
+        """End the processes of the model, if it has any; they also end with this one."""
+        self.engine.close()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -14,6 +14,7 @@ from stallfree.core.batch import Batch
 from stallfree.core.request import FinishReason
 from stallfree.core.scheduler import Scheduler
 from stallfree.engine.clock import Clock
+from stallfree.errors import WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, Pipeline
 
 
@@ -23,6 +24,7 @@ class Iteration:
 
     Attributes:
         batch: what ran.
+        lost: all batches that were in flight, if what runs them was lost: none of them has ended.
         started_s: when it was scheduled, by the clock.
         output: what came of it; None if it failed.
         error: why it failed.
@@ -32,6 +34,7 @@ class Iteration:
     started_s: float
     output: ExecutorOutput | None = None
     error: BaseException | None = None
+    lost: tuple[Batch, ...] = ()
 
 
 class Loop:
@@ -73,11 +76,17 @@ class Loop:
     def collect(self) -> Iteration:
         """Wait for the oldest batch in flight and complete it.
 
-        If it failed, its requests have ended, and no others.
+        If it failed, its requests have ended, and no others. If the pipeline was lost, so were all
+        batches in flight, and all requests wait to be computed again.
         """
         batch, started_s = self._in_flight.popleft()
         try:
             output = self.pipeline.collect()
+        except WorkersLostError as error:
+            lost = (batch, *(each for each, _ in self._in_flight))
+            self._in_flight.clear()
+            self.scheduler.recompute(lost)
+            return Iteration(batch, started_s, error=error, lost=lost)
         except BaseException as error:  # an interrupt too: leave nothing in flight behind
             self.scheduler.fail(batch)
             return Iteration(batch, started_s, error=error)
@@ -87,9 +96,11 @@ class Loop:
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
         return Iteration(batch, started_s, output)
 
-    def observe(self, iteration: Iteration) -> None:
+    def observe(self, iteration: Iteration) -> float:
         """Tell the budget how long an iteration took, all that was done for it included."""
-        self.scheduler.budget.observe(iteration.batch, self.clock.now() - iteration.started_s)
+        seconds = self.clock.now() - iteration.started_s
+        self.scheduler.budget.observe(iteration.batch, seconds)
+        return seconds
 
 
 class OneStage:

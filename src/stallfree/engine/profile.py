@@ -155,6 +155,8 @@ def _identity(facts: EngineFacts) -> dict[str, object]:
         "device": facts.device,
         "processor": _processor_name(facts.device),
         "threads": facts.threads,
+        "tensor_parallel_size": facts.tensor_parallel_size,
+        "pipeline_parallel_size": facts.pipeline_parallel_size,
         "version": version("stallfree"),
         "code": source_hash() if facts.dtype == "int8" else None,
     }

@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.core.policies import POLICIES
-from stallfree.engine.flags import Flag, check_choice, check_range, check_types, parse_bytes
-from stallfree.engine.scheduling_settings import SchedulingSettings
+from stallfree.engine.flags import (
+    Flag,
+    check_choice,
+    check_range,
+    check_types,
+    parse_bytes,
+)
+from stallfree.engine.parallel_settings import ParallelSettings
 from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
@@ -37,7 +43,7 @@ def available_cpus() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings(SchedulingSettings):
+class EngineSettings(ParallelSettings):
     """What an engine is built from.
 
     Raises:
@@ -97,16 +103,28 @@ class EngineSettings(SchedulingSettings):
     ] = "auto"
     threads: Annotated[
         int | None,
-        Flag("CPU threads of the model.", "THREADS", unset="one for each core"),
+        Flag(
+            "CPU threads of the model, in each of its processes.",
+            "THREADS",
+            unset="one for each core",
+        ),
     ] = None
     seed: Annotated[
         int,
         Flag("Seeds the requests that bring no seed of their own.", "SEED"),
     ] = 0
+    iteration_file: Annotated[
+        Path | None,
+        Flag(
+            "Note what each iteration held and took here, for `stallfree simulate --times`.",
+            "FILE.csv",
+            unset="nowhere",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        SchedulingSettings.__post_init__(self)
+        ParallelSettings.__post_init__(self)
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the demo model")
         if self.revision is not None and self.model is None:
@@ -121,12 +139,21 @@ class EngineSettings(SchedulingSettings):
         check_range("seed", self.seed, -MAX_SEED, MAX_SEED)
 
     @property
+    def threads_each(self) -> int:
+        """CPU threads of each process of the model."""
+        if self.distributed_executor != "mp":
+            return self.threads or available_cpus()
+        return self.threads or max(1, available_cpus() // self.num_processes)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is allowed but probably not meant, one sentence each."""
         cpus = available_cpus()
         notes = []
-        if self.threads is not None and self.threads > cpus:
-            notes.append(f"threads is {self.threads}, more than the {cpus} CPUs here")
+        num_here = self.num_processes if self.distributed_executor == "mp" else 1
+        if num_here > cpus or self.threads_each > cpus // num_here:
+            each = f" in each of {num_here} processes" if num_here > 1 else ""
+            notes.append(f"threads is {self.threads_each}{each}, more than the {cpus} CPUs here")
         if self.token_budget is not None and not POLICIES[self.scheduler].keeps_budget:
             notes.append(f"scheduler {self.scheduler} keeps no token budget; it is ignored")
         if self.tbt_slo_s is not None and self.tbt_slo_s > LONG_TBT_SLO_S:

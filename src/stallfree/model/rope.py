@@ -10,22 +10,28 @@ import math
 
 import torch
 
-from stallfree.model.config import ModelConfig, RopeConfig
+from stallfree.model.config import ModelConfig
+from stallfree.model.rope_config import RopeConfig
 
 
 class Rope:
-    """The angles of a model.
+    """The angles of a rotary embedding.
 
     Args:
-        config: the model's shape and rope scaling.
+        config: the model's shape.
+        rope: one of its embeddings.
         max_positions: longest context in tokens; only dynamic scaling asks for it.
         device: where angles are computed.
     """
 
     def __init__(
-        self, config: ModelConfig, max_positions: int, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        rope: RopeConfig,
+        max_positions: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        frequencies, self._scale = inverse_frequencies(config, max_positions)
+        frequencies, self._scale = inverse_frequencies(config, rope, max_positions)
         self._frequencies = frequencies.to(device)
 
     def at(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +45,9 @@ class Rope:
         return (torch.stack((angles.cos(), angles.sin()), dim=1) * self._scale).to(dtype)
 
 
-def inverse_frequencies(config: ModelConfig, max_positions: int) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(
+    config: ModelConfig, rope: RopeConfig, max_positions: int
+) -> tuple[torch.Tensor, float]:
     """Radians per position for each pair of a head's values, and a factor on cosine and sine.
 
     Dynamic scaling (NTK-aware) is settled once, for the longest context the engine admits: were
@@ -48,7 +56,7 @@ def inverse_frequencies(config: ModelConfig, max_positions: int) -> tuple[torch.
     Returns:
         float32 (D / 2,), and the factor.
     """
-    rope, dim = config.rope, config.head_dim
+    dim = config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     theta = rope.theta
     if rope.rope_type == "dynamic":

@@ -26,12 +26,14 @@ class SamplerRow:
     Attributes:
         params: as the request gave them.
         seed: of the request's random numbers.
-        prompt_token_ids, output_token_ids: what penalties look at.
+        num_output_tokens: how many were sampled before.
+        prompt_token_ids, output_token_ids: for penalties; empty where none looks at them.
         end_token_ids: forbidden while `min_tokens` is not reached.
     """
 
     params: SamplingParams
     seed: int
+    num_output_tokens: int
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     end_token_ids: frozenset[int]
@@ -116,7 +118,7 @@ def _penalize_output(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
 
 def _forbidden(row: SamplerRow) -> list[int]:
     """Tokens that would end the output too early."""
-    if len(row.output_token_ids) >= row.params.min_tokens:
+    if row.num_output_tokens >= row.params.min_tokens:
         return []
     ends = () if row.params.ignore_eos else row.end_token_ids
     return [*row.params.stop_token_ids, *ends]
@@ -145,7 +147,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     probs = torch.softmax(shifted / temperature, dim=-1)
     uniforms = _column(
-        [uniform(row.seed, len(row.output_token_ids)) for row in rows], logits, torch.float64
+        [uniform(row.seed, row.num_output_tokens) for row in rows], logits, torch.float64
     )
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     cut = torch.tensor([_cuts(row.params) for row in rows], device=logits.device)

@@ -40,17 +40,18 @@ def open_model(model: str | None, revision: str | None = None) -> ModelSource:
     """Find a model, fetching it if need be, and open its files. No tensor is read.
 
     Args:
-        model: a folder, a GGUF file, a hub id `org/name` or `org/name:FILE.gguf`; None, or its
-            name, for the embedded default.
+        model: a folder, a GGUF file, a hub id `org/name` or `org/name:FILE.gguf`, or the name of
+            an embedded model; None for the default one.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         ConfigError: there is nothing of that name, or a revision of something local is asked for.
         ModelError: it is incomplete, corrupt, not supported, or cannot be fetched.
     """
-    if model is None or (model == demo.DEMO.name and not os.path.exists(model)):
-        _refuse_revision(revision, "the default model")
-        return _open_gguf(demo.assemble(), demo.DEMO.name)
+    if model is None:
+        return _open_embedded(demo.DEMO, revision)
+    if model in demo.EMBEDDED and not os.path.exists(model):
+        return _open_embedded(demo.EMBEDDED[model], revision)
     path = Path(os.path.expanduser(model))  # unlike Path's, it never raises
     if model and os.path.exists(path):
         _refuse_revision(revision, f"{model}, which is local,")
@@ -67,6 +68,11 @@ def open_model(model: str | None, revision: str | None = None) -> ModelSource:
 def _refuse_revision(revision: str | None, of: str) -> None:
     if revision is not None:
         raise ConfigError(f"revision {revision!r} of {of} means nothing; only hub ids have some")
+
+
+def _open_embedded(model: demo.EmbeddedModel, revision: str | None) -> ModelSource:
+    _refuse_revision(revision, f"the embedded model {model.name}")
+    return _open_gguf(demo.assemble(model), model.name)
 
 
 def _open_gguf(path: Path, name: str | None = None) -> ModelSource:

@@ -2,79 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+import torch.nn.functional as F
 
 from stallfree.errors import WeightFileError
 from stallfree.model.config import ModelConfig
+from stallfree.model.layer_weights import Projection, Split, fused_outputs
+from stallfree.model.part import ModelPart
 from stallfree.model.weights import WeightSource
 
 SCALES = ".scales"  # added to the name of an int8 tensor, names the scales of its rows
 _RECOMPUTED = ".rotary_emb.inv_freq"  # old files keep it; it follows from the configuration
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNames:
-    """What the weights of one layer are called, and their shapes (out, in), by kind."""
-
-    qkv: dict[str, int]
-    output: dict[str, int]
-    gate_up: dict[str, int]
-    down: dict[str, int]
-    input_norm: str
-    q_norm: str
-    k_norm: str
-    mlp_norm: str
-
-
-def names_of_layer(config: ModelConfig, layer: int) -> LayerNames:
-    """Names in layer `layer`; projections of the same input with the number of their outputs."""
-    prefix = f"model.layers.{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    kv_size = config.num_kv_heads * config.head_dim
-    return LayerNames(
-        qkv={
-            f"{attention}.q_proj": config.num_heads * config.head_dim,
-            f"{attention}.k_proj": kv_size,
-            f"{attention}.v_proj": kv_size,
-        },
-        output={f"{attention}.o_proj": config.hidden_size},
-        gate_up={
-            f"{mlp}.gate_proj": config.intermediate_size,
-            f"{mlp}.up_proj": config.intermediate_size,
-        },
-        down={f"{mlp}.down_proj": config.hidden_size},
-        input_norm=f"{prefix}.input_layernorm.weight",
-        q_norm=f"{attention}.q_norm.weight",
-        k_norm=f"{attention}.k_norm.weight",
-        mlp_norm=f"{prefix}.post_attention_layernorm.weight",
-    )
-
-
 class WeightReader:
     """Reads weights one by one, checks their shapes, and knows which were never asked for.
 
+    Args:
+        config: of the whole model.
+        weights: of the whole model.
+        part: that is read; what belongs elsewhere may be left unread.
+
     Attributes:
-        num_parameters: numbers read so far, scales aside.
+        num_parameters: numbers read so far, scales aside. What several parts of a model read is
+            counted in one of them.
     """
 
-    def __init__(self, config: ModelConfig, weights: WeightSource) -> None:
-        self._architecture = config.architecture
+    def __init__(self, config: ModelConfig, weights: WeightSource, part: ModelPart) -> None:
+        self._config = config
+        self._part = part
         self._weights = weights
-        self._unread = set(weights.names())
+        self._read_names: set[str] = set()
         self.num_parameters = 0
+
+    def weight(self, projection: Projection) -> torch.Tensor:
+        """The part's share of the matrix (outputs, inputs) of a projection, of floats.
+
+        Raises:
+            WeightFileError: there is none, or it has another shape or type.
+        """
+        whole = self._rows(projection, f"{projection.name}.weight", (projection.inputs,))
+        if self._part.tp_size == 1:
+            return whole
+        rows, columns = self._part.rows(projection, self._config), self._part.columns(projection)
+        share = whole[rows, columns].clone()  # so that nothing keeps the rest in memory
+        if projection.split is Split.VOCABULARY:
+            share = F.pad(share, (0, 0, 0, rows.stop - rows.start - len(share)))
+        return share
+
+    def bias(self, projection: Projection) -> torch.Tensor:
+        """The part's share of the bias (outputs,) of a projection that has one.
+
+        Raises:
+            WeightFileError: as above.
+        """
+        whole = self._rows(projection, f"{projection.name}.bias", ())
+        if projection.split is Split.INPUTS and self._part.tp_rank > 0:
+            return torch.zeros_like(whole)
+        return whole[self._part.rows(projection, self._config)]
 
     def floats(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A weight of floats.
 
         Raises:
-            WeightFileError: there is none, or it has another shape or type.
+            WeightFileError: as above.
         """
         tensor = self._read(name, shape)
         if not tensor.is_floating_point():
             raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
-        self.num_parameters += tensor.numel()
         return tensor
 
     def int8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,29 +81,59 @@ class WeightReader:
         values = self._read(name, shape)
         if values.dtype != torch.int8:
             raise WeightFileError(f"weight {name} is of type {values.dtype}, not int8")
-        self.num_parameters += values.numel()
-        return values, self._read(name + SCALES, shape[:1])
+        scales = self._weights.tensor(name + SCALES)
+        self._read_names.add(name + SCALES)
+        return values, _checked(name + SCALES, scales, shape[:1])
 
-    def finish(self, *, unused: str | None = None) -> None:
+    def finish(self) -> None:
         """Refuse weights that the architecture has no place for: answers would be wrong.
 
-        Args:
-            unused: a weight that may be there although nothing asks for it.
+        An output layer may be there although the embedding serves as one.
         """
-        if unused is not None:
-            self._unread -= {unused, unused + SCALES}
-        unread = sorted(name for name in self._unread if not name.endswith(_RECOMPUTED))
+        if self._config.tie_embeddings:
+            head = f"{self._config.names.head}.weight"
+            self._read_names |= {head, head + SCALES}
+        ignored = self._config.names.ignored
+        unread = sorted(
+            name
+            for name in self._weights.names() - self._read_names
+            if self._part.owns(name, self._config)
+            and not name.endswith(_RECOMPUTED)
+            and not name.startswith(ignored)
+        )
         if unread:
             raise WeightFileError(
-                f"{self._architecture} as configured has no weight {unread[0]} "
+                f"{self._config.architecture} as configured has no weight {unread[0]} "
                 f"(nor {len(unread) - 1} others that are in the files)"
             )
 
+    def _rows(self, projection: Projection, name: str, inputs: tuple[int, ...]) -> torch.Tensor:
+        """The rows of a projection in the tensor that holds it."""
+        if projection.part is None:
+            return self.floats(name, (projection.outputs, *inputs))
+        config = self._config
+        fused = self.floats(name, (fused_outputs(config), *inputs))
+        queries = config.num_heads // config.num_kv_heads
+        grouped = fused.unflatten(0, (config.num_kv_heads, queries + 2, config.head_dim))
+        heads = {"q": slice(queries), "k": slice(-2, -1), "v": slice(-1, None)}
+        return grouped[:, heads[projection.part]].flatten(0, 2)
+
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._weights.tensor(name)
-        self._unread.discard(name)
-        if tuple(tensor.shape) != shape:
-            raise WeightFileError(
-                f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
-            )
+        tensor = _checked(name, self._weights.tensor(name), shape)
+        if name not in self._read_names:  # a fused one is read for each of its parts
+            self._read_names.add(name)
+            self.num_parameters += tensor.numel() if self._counts(name) else 0
         return tensor
+
+    def _counts(self, name: str) -> bool:
+        """Whether this is the part of the model in which a weight is counted."""
+        is_table = name == f"{self._config.names.embedding}.weight"
+        return self._part.tp_rank == 0 and (self._part.is_first or not is_table)
+
+
+def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise WeightFileError(
+            f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
+        )
+    return tensor

@@ -2,7 +2,9 @@
 
 Columns: `seconds`, and of what the iteration held, each 0 where it is missing: `prefill_tokens` of
 a chunk that begins at `prefill_start` of its prompt, and `decodes` at a mean context of
-`decode_context` tokens.
+`decode_context` tokens. Several chunks have no start but `prefill_context`: what each of their
+tokens attends to, added up. `sampled` rows are the decodes and one of the chunk, unless they are
+given. `stallfree serve --iteration-file` writes such a table.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context, f
 from stallfree.errors import ConfigError
 
 _SECONDS = "seconds"
-_COUNTS = ("prefill_tokens", "prefill_start", "decodes", "decode_context")
+_COUNTS = (
+    *("prefill_tokens", "prefill_start", "decodes", "decode_context"),
+    *("prefill_context", "sampled"),
+)
 
 
 def read_times(path: Path) -> StepTimeModel:
@@ -25,6 +30,19 @@ def read_times(path: Path) -> StepTimeModel:
     Raises:
         ConfigError: the file cannot be read, a value is none, or there are too few sizes of
             iterations to fit to.
+    """
+    iterations = read_iterations(path)
+    try:
+        return fit(iterations)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_iterations(path: Path) -> list[tuple[BatchShape, float]]:
+    """What each iteration of a file held, and its seconds.
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is none.
     """
     columns, table = read_table(path)
     known, given = {_SECONDS, *_COUNTS}, set(columns)
@@ -35,10 +53,7 @@ def read_times(path: Path) -> StepTimeModel:
     if given - known:
         names = ", ".join(sorted(given - known))
         raise ConfigError(f"{path}: unknown columns {names}; known are {sorted(known)}")
-    try:
-        return fit([_sample(path, line, values) for line, values in table])
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return [_sample(path, line, values) for line, values in table]
 
 
 def _sample(path: Path, line: int, row: Mapping[str, str | None]) -> tuple[BatchShape, float]:
@@ -53,10 +68,13 @@ def _sample(path: Path, line: int, row: Mapping[str, str | None]) -> tuple[Batch
         if not 0 <= values[name] < math.inf or (is_count and values[name] % 1):
             what = "a whole number" if is_count else "a number of seconds"
             raise ConfigError(f"{path}, line {line}: {name} is {text!r}; it must be {what}")
-    tokens, start, decodes, context = (int(values[name]) for name in _COUNTS)
+    tokens, start, decodes, context, products, sampled = (int(values[name]) for name in _COUNTS)
     if (not tokens and not decodes) or not values[_SECONDS]:
         raise ConfigError(f"{path}, line {line}: an iteration holds something and takes time")
     shape = BatchShape(
-        tokens + decodes, chunk_context(start, tokens), decodes * context, decodes + bool(tokens)
+        tokens + decodes,
+        products if row.get("prefill_context") else chunk_context(start, tokens),
+        decodes * context,
+        sampled if row.get("sampled") else decodes + bool(tokens),
     )
     return shape, values[_SECONDS]

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from stallfree.core.batch import Batch, Chunk
+from stallfree.core.bubbles import Bubble, StageUse, Work, bubble_between
 from stallfree.executor.output import ExecutorOutput, Sample
 from stallfree.sim.clock import SimulatedClock
 from stallfree.sim.times import StageTimes
 
 _TOKEN = Sample(0)
-_ALIKE = 1.02  # of each other's time, up to which batches are alike
-
-
-class Bubble(enum.Enum):
-    """Why a stage idles between two batches (Sarathi-Serve, section 3.3)."""
-
-    PB1 = "prefills of different lengths"
-    PB2 = "prefills beside batches without"
-    PB3 = "batches that differ in their decodes"
-    UNEVEN = "like batches, but stages that differ"
-    NO_WORK = "nothing could be scheduled"
-
-
-@dataclass(slots=True)
-class StageUse:
-    """What a stage did, in seconds.
-
-    Attributes:
-        busy_s: working.
-        idle_s: between its first and its last batch, by reason.
-    """
-
-    busy_s: float = 0.0
-    idle_s: dict[Bubble, float] = field(default_factory=lambda: dict.fromkeys(Bubble, 0.0))
 
 
 class SimulatedPipeline:
@@ -55,7 +30,7 @@ class SimulatedPipeline:
         self._drawn: Sequence[float] | None = None  # times of the coming batch, if known
         # of the last batches, as many as can be in flight and the one that is coming: tokens of
         # prompts, and seconds in all stages
-        self._last: deque[tuple[int, float]] = deque(maxlen=times.num_stages + 1)
+        self._last: deque[Work] = deque(maxlen=times.num_stages + 1)
         self._was_starved = True  # since the last batch, or ever
 
     @property
@@ -76,7 +51,7 @@ class SimulatedPipeline:
         """Send a batch through the stages, each as soon as the batch before has left it."""
         at_s = self._clock.now()
         times, self._drawn = self._drawn or self._times.seconds(batch), None
-        self._last.append((batch.num_tokens - batch.num_decodes, sum(times)))
+        self._last.append(Work(batch.num_tokens - batch.num_decodes, sum(times)))
         for index, seconds in enumerate(times):
             stage, free_at = self.stages[index], self._free_at[index]
             if at_s > free_at and stage.busy_s:
@@ -118,11 +93,7 @@ class SimulatedPipeline:
         if self._was_starved:
             return Bubble.NO_WORK
         compared = list(self._last)[:-1] if is_first else list(self._last)[-2:]
-        prefills = {prefill for prefill, _ in compared}
-        if len(prefills) > 1:
-            return Bubble.PB2 if 0 in prefills else Bubble.PB1
-        times = [seconds for _, seconds in compared]
-        return Bubble.PB3 if max(times) > _ALIKE * min(times) else Bubble.UNEVEN
+        return bubble_between(compared)
 
     def collect(self) -> ExecutorOutput:
         """Jump to the end of the oldest batch in flight."""

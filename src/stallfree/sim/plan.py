@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stallfree.bench.giving_up import GiveUp, Limit
 from stallfree.bench.metrics import Slo, Summary, summarize
 from stallfree.bench.workload import Workload
 from stallfree.sim.router import Router
@@ -20,13 +21,15 @@ class Trial:
 
     Attributes:
         replicas: how many.
-        summary: of the whole workload.
+        summary: of the requests until then.
         keeps: whether nobody failed and P99 of each time that has a target is within it.
+        is_complete: whether the workload was run to its end, not given up as hopeless.
     """
 
     replicas: int
     summary: Summary
     keeps: bool
+    is_complete: bool = True
 
 
 def keeps(summary: Summary, slo: Slo) -> bool:
@@ -55,7 +58,8 @@ def find_replicas(
 ) -> int | None:
     """The fewest replicas that keep the targets; None if `most` do not.
 
-    Their number is doubled until they do, then the gap is halved.
+    Their number is doubled until they do, then the gap is halved. A run is given up as soon as more
+    times are too long than may be, whatever is to come.
 
     Args:
         workload: in an open loop.
@@ -68,8 +72,10 @@ def find_replicas(
 
     def works(replicas: int) -> bool:
         copies = system.replicas(replicas)
-        summary = summarize(simulate(workload, copies, router()).results, slo)
-        trial = Trial(replicas, summary, keeps(summary, slo))
+        done = simulate(workload, copies, router(), give_up=_rule(workload, slo)).results
+        summary = summarize(done, slo)
+        is_kept = done.is_complete and keeps(summary, slo)
+        trial = Trial(replicas, summary, is_kept, done.is_complete)
         if on_trial:
             on_trial(trial)
         return trial.keeps
@@ -83,3 +89,13 @@ def find_replicas(
         middle = (low + high) // 2
         low, high = (low, middle) if works(middle) else (middle, high)
     return high
+
+
+def _rule(workload: Workload, slo: Slo) -> GiveUp:
+    """Gives up where `keeps` cannot be true any more."""
+    return GiveUp(
+        workload,
+        tbt=None if slo.tbt_s is None else Limit(slo.tbt_s, 0.99),
+        ttft=None if slo.ttft_s is None else Limit(slo.ttft_s, 0.99),
+        delay=Limit(MAX_DELAY_S, 0.5) if slo.ttft_s is None else None,
+    )

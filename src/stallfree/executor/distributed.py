@@ -1,0 +1,311 @@
+"""A model in several processes, as one `Pipeline`: sends every batch to all, and watches them.
+
+Nothing about a request is kept anywhere but here and in its KV blocks: block tables travel with
+each batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from stallfree.core.batch import Batch
+from stallfree.errors import ExecutorError, WorkersLostError
+from stallfree.executor.launch import Launcher, WorkerProcess
+from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
+from stallfree.executor.output import ExecutorOutput
+from stallfree.executor.stage_log import StageLog
+from stallfree.executor.step import step_of
+from stallfree.model.loading import Footprint
+
+START_TIMEOUT_S = 900.0  # loading a large model from a slow disk, or compiling kernels
+_CULPRIT_S = 2.0  # how long the end of a process may take to be noticed
+
+Message = Loaded | Ready
+_Answer = TypeVar("_Answer", Loaded, Ready)
+
+
+class _Line:
+    """The line to one worker: threads send and receive, as a stopped worker does neither.
+
+    Args:
+        connection: to the worker.
+        on_message: called with each message; with None when the worker has ended.
+    """
+
+    def __init__(self, connection: Connection, on_message: Callable[[Any], None]) -> None:
+        self._connection, self._on_message = connection, on_message
+        self._payloads: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        for work in (self._send, self._receive):
+            threading.Thread(target=work, name="stallfree-line", daemon=True).start()
+
+    def put(self, payload: bytes) -> None:
+        """Send a pickled message."""
+        self._payloads.put(payload)
+
+    def close(self) -> None:
+        """End the sending thread; the other ends with the worker."""
+        self._payloads.put(None)
+
+    def _send(self) -> None:
+        with suppress(OSError, TypeError):  # it has ended, which the other thread says
+            while (payload := self._payloads.get()) is not None:
+                self._connection.send_bytes(payload)
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError, TypeError):
+            while True:
+                self._on_message(self._connection.recv())
+        self._on_message(None)
+
+
+class DistributedPipeline:
+    """Processes that run a model together. Also an `Executor`, for one batch at a time.
+
+    Args:
+        specs: of all workers, by rank; their `store` is filled in.
+        launcher: starts them.
+        timeout_s: how long a batch may take before its workers count as lost.
+        log: told of each batch that went through a stage.
+
+    Raises:
+        WorkersLostError: some did not start; says which, and why.
+    """
+
+    def __init__(
+        self, specs: Sequence[WorkerSpec], launcher: Launcher, *, timeout_s: float, log: StageLog
+    ) -> None:
+        self._specs = list(specs)
+        self._launcher = launcher
+        self._timeout_s = timeout_s
+        self._start_timeout_s = START_TIMEOUT_S
+        self.log = log
+        self._last = next(spec.rank for spec in specs if spec.following is None)
+        self._make_cache: MakeCache | None = None
+        self._workers: list[WorkerProcess] = []
+        self._lines: list[_Line] = []
+        started = time.monotonic()
+        try:
+            self.footprint = self._start()
+        except BaseException:
+            self.close()
+            raise
+        # nothing is compiled or fetched when they start again
+        self._start_timeout_s = timeout_s + 3 * (time.monotonic() - started)
+
+    @property
+    def num_stages(self) -> int:
+        """Most batches in flight."""
+        return len({spec.part.first_layer for spec in self._specs})
+
+    @property
+    def workers(self) -> Sequence[WorkerProcess]:
+        """The processes, by rank."""
+        return self._workers
+
+    def make_cache(self, num_blocks: int, block_size: int) -> None:
+        """Have every worker allocate the KV cache of its layers.
+
+        Raises:
+            MemoryError: one could not.
+            WorkersLostError: one ended.
+        """
+        self._make_cache = MakeCache(num_blocks, block_size)
+        self._tell_all(self._make_cache)
+        self._hear_all(Ready)
+
+    def submit(self, batch: Batch) -> None:
+        """Send a batch through the stages."""
+        run = Run(self._num_submitted, step_of(batch))
+        self.log.submitted(run.step_id, batch, time.monotonic())
+        self._tell_all(run)
+        self._in_flight.append(run.step_id)
+        self._num_submitted += 1
+
+    def collect(self) -> ExecutorOutput:
+        """Wait for the oldest batch in flight.
+
+        Raises:
+            ExecutorError: it failed on a worker, which goes on.
+            WorkersLostError: a worker has ended or does not answer; nothing runs until `restart`.
+        """
+        step_id = self._in_flight.popleft()
+        deadline = time.monotonic() + self._timeout_s
+        while min(self._num_done.values()) <= step_id:  # whichever failed says so itself
+            self._hear(deadline, partial(self._silent, step_id))
+        output, errors = self._outputs.pop(step_id), self._errors.pop(step_id, {})
+        if errors:
+            rank, text = min(errors.items())
+            raise ExecutorError(f"{self._specs[rank].name} failed:\n{text}")
+        assert output is not None, "the last stage gives an output or an error"
+        return output
+
+    def execute(self, batch: Batch) -> ExecutorOutput:
+        """Run a batch while no other is in flight."""
+        self.submit(batch)
+        return self.collect()
+
+    def starve(self) -> None:
+        """Note that there is room for a batch, but nothing to run."""
+        self.log.starved(time.monotonic())
+
+    def tend(self) -> None:
+        """Notice, while no batch is in flight, that a worker has ended.
+
+        Raises:
+            WorkersLostError: one has.
+        """
+        while not self._inbox.empty():
+            self._hear(time.monotonic() + 1, str)
+
+    def restart(self) -> None:
+        """Start all workers anew; their KV is lost.
+
+        Raises:
+            WorkersLostError: some did not start.
+        """
+        self._end_workers()
+        self._start()
+        if self._make_cache is not None:
+            self.make_cache(self._make_cache.num_blocks, self._make_cache.block_size)
+
+    def close(self) -> None:
+        """End all workers, and what is written of them."""
+        self._end_workers()
+        self._launcher.close()
+        self.log.close()
+
+    def _start(self) -> Footprint:
+        self._num_submitted = 0
+        self.log.restarted()
+        self._in_flight: deque[int] = deque()
+        self._num_done = dict.fromkeys((spec.rank for spec in self._specs), 0)
+        self._broken: str | None = None  # what one said that could not reach another
+        self._outputs: dict[int, ExecutorOutput | None] = {}
+        self._errors: dict[int, dict[int, str]] = {}  # tracebacks, by batch and rank
+        self._inbox: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        host = self._launcher.host
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        address = (host, self._store.port)
+        self._specs = [replace(spec, store=address) for spec in self._specs]
+        inbox = self._inbox
+        try:
+            for spec in self._specs:
+                worker = self._launcher.start(spec)
+                self._workers.append(worker)
+                self._lines.append(_Line(worker.connection, partial(_post, inbox, spec.rank)))
+            footprints = [each.footprint for each in self._hear_all(Loaded).values()]
+        except BaseException:
+            self._end_workers()
+            raise
+        return Footprint(
+            sum(each.num_parameters for each in footprints),
+            sum(each.weight_bytes for each in footprints),
+            sum(each.kv_bytes_per_token for each in footprints),
+        )
+
+    def _end_workers(self) -> None:
+        for line in self._lines:
+            line.close()
+        for worker in self._workers:
+            worker.kill()
+        self._workers, self._lines = [], []
+
+    def _tell_all(self, message: MakeCache | Run) -> None:
+        payload = bytes(ForkingPickler.dumps(message))
+        try:
+            for line in self._lines:
+                line.put(payload)
+        except BaseException:  # some have it, some have not
+            self._end_workers()
+            raise
+
+    def _hear_all(self, kind: type[_Answer]) -> dict[int, _Answer]:
+        """One message of a kind from every worker."""
+        heard: dict[int, _Answer] = {}
+        deadline = time.monotonic() + self._start_timeout_s
+
+        def silent() -> str:
+            missing = next(spec for spec in self._specs if spec.rank not in heard)
+            return f"{missing.name} has not started within {self._start_timeout_s:.0f} s"
+
+        while len(heard) < len(self._specs):
+            answer = self._hear(deadline, silent)
+            if answer is None:
+                continue
+            rank, message = answer
+            if isinstance(message, Ready) and message.error is not None:
+                self._end_workers()
+                raise MemoryError(f"{self._specs[rank].name}: {message.error}")
+            assert isinstance(message, kind), f"{message} came instead of {kind}"
+            heard[rank] = message
+        return heard
+
+    def _hear(self, deadline: float, silent: Callable[[], str]) -> tuple[int, Message] | None:
+        """What a worker says next; None if that was of a batch, which is taken note of.
+
+        If one could not reach another, it waits a moment for which of them that was.
+
+        Raises:
+            WorkersLostError: one has ended; or all are silent until the deadline, with `silent()`.
+        """
+        if not self._workers:
+            raise WorkersLostError("the processes of the model have ended")
+        if self._broken is not None:
+            deadline = min(deadline, time.monotonic() + _CULPRIT_S)
+        try:
+            rank, message = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise self._lost(self._broken or silent()) from None
+        name = self._specs[rank].name
+        match message:
+            case None:
+                how = self._workers[rank].how_it_ended()
+                raise self._lost(f"{name} was lost: {how}")
+            case Crashed(by_others=True):
+                self._broken = f"{name} lost contact:\n{message.traceback}"
+            case Crashed():
+                raise self._lost(f"{name} failed:\n{message.traceback}")
+            case Done():
+                self._note(rank, message)
+            case _:
+                return rank, message
+        return None
+
+    def _note(self, rank: int, done: Done) -> None:
+        """A batch went through a worker."""
+        self._num_done[rank] = done.step_id + 1
+        if done.error is not None:
+            self._errors.setdefault(done.step_id, {})[rank] = done.error
+        if rank == self._last:
+            self._outputs[done.step_id] = done.output
+        part = self._specs[rank].part
+        if part.tp_rank == 0:
+            self.log.ran(rank // part.tp_size, done.step_id, done.started_s, done.ended_s)
+
+    def _silent(self, step_id: int) -> str:
+        """Who holds up a batch: the first stage that it has not gone through."""
+        waiting = [spec for spec in self._specs if self._num_done[spec.rank] <= step_id]
+        stage = [each for each in waiting if each.part.layers == waiting[0].part.layers]
+        names = " or ".join(each.name for each in stage)
+        return f"{names} has not answered for {self._timeout_s:g} s"
+
+    def _lost(self, message: str) -> WorkersLostError:
+        """End what is left of the workers: they cannot run without each other."""
+        self._end_workers()
+        return WorkersLostError(message)
+
+
+def _post(inbox: queue.SimpleQueue[tuple[int, Any]], rank: int, message: Any) -> None:
+    inbox.put((rank, message))
