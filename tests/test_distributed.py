@@ -92,6 +92,7 @@ def test_shares_give_what_one_process_gives(tmp_path: Path, shares: int, stages:
     ("sizes", "reason"),
     [
         ({"tensor_parallel_size": 3}, "4 query heads"),
+        ({"restart_workers": True}, "restart_workers is given, but the model runs in this process"),
         ({"tensor_parallel_size": 2, "dtype": "int8"}, "int8 is not implemented for tensor_par"),
         ({"pipeline_parallel_size": 9}, "pipeline_parallel_size is 9; the model has 2 layers"),
     ],
@@ -170,10 +171,10 @@ def test_a_batch_that_fails_in_one_stage_fails_alone(tmp_path: Path) -> None:
 
 
 def test_what_lost_processes_held_is_computed_again(tmp_path: Path) -> None:
-    settings = replace(tiny_settings(tmp_path), restart_workers=True)
+    settings = tiny_settings(tmp_path)
     with running(settings) as one:
         expected = tokens(one, [LONG] * 4)
-    with running(settings, pipeline_parallel_size=2) as two:
+    with running(settings, pipeline_parallel_size=2, restart_workers=True) as two:
         for index, prompt in enumerate(PROMPTS):
             two.engine.add(str(index), two.tokenizer.encode(prompt), LONG)
         given: dict[str, list[int]] = {}
@@ -192,8 +193,8 @@ def test_what_lost_processes_held_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_a_request_that_is_in_every_loss_fails(tmp_path: Path) -> None:
-    settings = replace(tiny_settings(tmp_path), restart_workers=True)
-    with running(settings, pipeline_parallel_size=2) as two:
+    settings = tiny_settings(tmp_path)
+    with running(settings, pipeline_parallel_size=2, restart_workers=True) as two:
         two.engine.add("poison", [5] * 100, LONG)
         deltas = []
         while two.engine.has_requests:

@@ -48,15 +48,16 @@ def product(dimensions):
     )
 
 
-floats = [zeros(n, np.float32) for n in range(4)]
+floats = [zeros(n, np.float32) for n in range(5)]
 ints = [zeros(n, np.int64) for n in range(4)]
 halves = zeros(2, np.uint16)
 one, many = product(1), product(2)
 every = shapes.Layers(
-    floats[2], many, floats[2], floats[2], many, floats[2], many, many, ints[1]
+    floats[2], many, floats[2], floats[2], many, floats[2], many, many, floats[2], floats[2],
+    ints[1], ints[1]
 )
-shape = shapes.Shape(1, 1, 1, 1, 1, 1, np.float32(1), np.float32(1))
-work = shapes.Work(ints[1], ints[1], floats[3], ints[2], ints[2], ints[2])
+shape = shapes.Shape(1, 1, 1, 1, 1, 1, np.float32(1), np.float32(1), 2)
+work = shapes.Work(ints[1], ints[1], floats[4], ints[2], ints[2], ints[2])
 scratch = shapes.Scratch(
     hidden=floats[1],
     activations=zeros(1, np.uint8),

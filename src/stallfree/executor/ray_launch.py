@@ -71,6 +71,8 @@ class RayLauncher:
             )
         self._key = secrets.token_bytes(32)
         self._listener = Listener((self.host, 0), authkey=self._key)
+        self._accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        threading.Thread(target=self._accept, name="stallfree-accept", daemon=True).start()
 
     def close(self) -> None:
         """Give back the room in the cluster."""
@@ -94,12 +96,10 @@ class RayLauncher:
             max_retries=0,
         )
         reference = task.remote(self._listener.address, self._key)
-        accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        threading.Thread(target=self._accept, args=(accepted,), daemon=True).start()
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
-                connection = accepted.get(timeout=_POLL_S)
+                connection = self._accepted.get(timeout=_POLL_S)
             except queue.Empty:
                 self._refuse_if_ended(spec, reference)
                 continue
@@ -111,12 +111,12 @@ class RayLauncher:
             "lost the machine it was on"
         )
 
-    def _accept(self, accepted: queue.SimpleQueue[Connection]) -> None:
-        """Wait for a worker to call; others do not know the key."""
-        while True:
-            with suppress(AuthenticationError, EOFError):
-                accepted.put(self._listener.accept())
-                return
+    def _accept(self) -> None:
+        """Take the calls of workers until the launcher is closed; others do not know the key."""
+        with suppress(OSError):
+            while True:
+                with suppress(AuthenticationError, EOFError, ConnectionError):
+                    self._accepted.put(self._listener.accept())
 
     def _refuse_if_ended(self, spec: WorkerSpec, reference: Any) -> None:
         ended, _ = self._ray.wait([reference], timeout=0)
