@@ -50,7 +50,7 @@ def test_a_client_leaves_its_stream(
         "POST", server.url + path, json={**LONG, **fields, "stream": True}, trust_env=False
     ) as response:
         next(response.iter_lines())
-        assert server.engine.num_running > 0
+        wait_until(lambda: server.engine.num_running > 0, timeout_s=2.0)
 
 
 @pytest.mark.usefixtures("idle_after")
