@@ -39,9 +39,9 @@ ROOT = Path(__file__).parent.parent
 HOSTS = ("stallfree-a", "stallfree-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACE = "veth0"
-MEGABITS = (None, 1000, 100, 20)
+MEGABITS = (None, 1000, 100)
 MODES = {"TP 2": {"tensor_parallel_size": 2}, "PP 2": {"pipeline_parallel_size": 2}}
-TIMEOUT_S = 5.0
+TIMEOUT_S = 15.0
 
 
 class TwoHosts:
