@@ -79,6 +79,10 @@ class DistributedPipeline:
         timeout_s: how long a batch may take before its workers count as lost.
         log: told of each batch that went through a stage.
 
+    Attributes:
+        num_stages: most batches in flight.
+        footprint: of all workers together.
+
     Raises:
         WorkersLostError: some did not start; says which, and why.
     """
@@ -87,6 +91,7 @@ class DistributedPipeline:
         self, specs: Sequence[WorkerSpec], launcher: Launcher, *, timeout_s: float, log: StageLog
     ) -> None:
         self._specs = list(specs)
+        self.num_stages = len({spec.part.first_layer for spec in specs})
         self._launcher = launcher
         self._timeout_s = timeout_s
         self._start_timeout_s = START_TIMEOUT_S
@@ -103,11 +108,6 @@ class DistributedPipeline:
             raise
         # nothing is compiled or fetched when they start again
         self._start_timeout_s = timeout_s + 3 * (time.monotonic() - started)
-
-    @property
-    def num_stages(self) -> int:
-        """Most batches in flight."""
-        return len({spec.part.first_layer for spec in self._specs})
 
     @property
     def workers(self) -> Sequence[WorkerProcess]:

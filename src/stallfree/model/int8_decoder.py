@@ -13,20 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from stallfree.errors import UnsupportedModelError
 from stallfree.kernels import attention, layers, shapes
-from stallfree.kernels.int8_matmul import MAX_INPUTS, PANEL, ROWS, column_sums_of, pack, padded
+from stallfree.kernels.int8_matmul import PANEL, ROWS, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
+from stallfree.model.int8_loader import HALF, Int8Loader
 from stallfree.model.layer_weights import (
-    NormWeights,
-    Projection,
     embedding,
     final_norm,
     head,
-    layer_weights,
 )
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.part import ModelPart, whole
@@ -34,7 +31,6 @@ from stallfree.model.rope import Rope
 from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
-_HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
 _GATES = {"silu": layers.GATE_SILU, "gelu_pytorch_tanh": layers.GATE_GELU}
 _FIRST_ROWS = 64  # that scratch memory is made for
 
@@ -104,7 +100,7 @@ class Int8Decoder:
         self.kv_dtype = kv_dtype
         self._threads = threads
         self._ropes = [Rope(config, rope, max_positions) for rope in config.ropes]
-        loader = _Loader(config, reader, threads)
+        loader = Int8Loader(config, reader, threads)
         self._table = self._head = loader.nothing()
         if part.is_first:
             table = loader.single(embedding(config))
@@ -266,7 +262,7 @@ class Int8Decoder:
         width = padded(config.hidden_size, PANEL)
         heads = config.num_heads * config.head_dim
         attended = padded(heads, LANES)
-        inner = padded(config.intermediate_size, _HALF)
+        inner = padded(config.intermediate_size, HALF)
         head_width = padded(config.head_dim, LANES)
         group = config.num_heads // config.num_kv_heads
         item_rows = padded(self._item_tokens * group, attention.ROWS)
@@ -299,135 +295,3 @@ class Int8Decoder:
             thread_scores=floats(threads, attention.ROWS * attention.STRETCH),
             thread_places=np.zeros((threads, 2 * attention.LATER), dtype=np.int64),
         )
-
-
-class _Loader:
-    """Weights from a reader to the arrays of the kernels."""
-
-    def __init__(self, config: ModelConfig, reader: WeightReader, threads: int) -> None:
-        self._config, self._reader, self._threads = config, reader, threads
-        self._width = padded(config.hidden_size, PANEL)
-        self.num_bytes = 0
-
-    def single(self, matrix: Projection) -> shapes.Product:
-        """The embedding or the output layer."""
-        made = self._empty(1, matrix.outputs, self._width, has_bias=False)
-        shape = (matrix.outputs, matrix.inputs)
-        values, scales = self._reader.int8(f"{matrix.name}.weight", shape)
-        self._put(made, 0, values, scales)
-        return shapes.Product(*(array[0] for array in made))
-
-    def nothing(self) -> shapes.Product:
-        """In place of an embedding or an output layer that another stage has."""
-        made = self._empty(1, 0, self._width, has_bias=False)
-        return shapes.Product(*(array[0] for array in made))
-
-    def norm(self, norm: NormWeights | None, *, of_heads: bool = False) -> np.ndarray:
-        """What a norm multiplies by, float32 (padded hidden,), or (D,); (0,) if there is no norm.
-
-        A copy, so that no file stays mapped for it.
-        """
-        if norm is None:
-            return np.empty(0, dtype=np.float32)
-        weight = self._reader.floats(f"{norm.name}.weight", (norm.size,)).float()
-        weight = weight + 1 if self._config.norm == "rms + 1" else weight.clone()
-        self.num_bytes += weight.nbytes
-        return np.asarray(weight if of_heads else _pad(weight, self._width))
-
-    def all_layers(self, indices: range, on_layer: Callable[[int], None] | None) -> shapes.Layers:
-        """The layers of these indices in the whole model."""
-        config = self._config
-        heads = config.num_heads * config.head_dim
-        kv_heads = 2 * config.num_kv_heads * config.head_dim
-        inner, count = padded(config.intermediate_size, _HALF), config.num_layers
-        qkv = self._empty(count, heads + kv_heads, self._width, config.qkv_bias)
-        output = self._empty(count, config.hidden_size, padded(heads, LANES), config.output_bias)
-        gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
-        down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
-        norms: dict[str, list[np.ndarray]] = {}
-        for layer, index in enumerate(indices):
-            weights = layer_weights(config, index)
-            mlp = weights.mlps[0]
-            for name in ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"):
-                norms.setdefault(name, []).append(self.norm(getattr(weights, name)))
-            for name in ("q_norm", "k_norm"):
-                norms.setdefault(name, []).append(self.norm(getattr(weights, name), of_heads=True))
-            self._fill(qkv, layer, [weights.q, weights.k, weights.v])
-            self._fill(output, layer, [weights.output])
-            self._fill(gate_up, layer, mlp.projections[:-1], _interleave)
-            self._fill(down, layer, [mlp.down])
-            if on_layer is not None:
-                on_layer(index)
-        return shapes.Layers(
-            **{name: np.stack(of_layers) for name, of_layers in norms.items()},
-            qkv=qkv,
-            output=output,
-            gate_up=gate_up,
-            down=down,
-            windows=np.array([window or 0 for window in config.sliding_windows], dtype=np.int64),
-            ropes=np.array([config.rope_number(layer) for layer in range(count)], dtype=np.int64),
-        )
-
-    def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
-        if inputs > MAX_INPUTS:
-            raise UnsupportedModelError(
-                f"a matrix has {inputs:,} inputs; int8 sums of more than {MAX_INPUTS:,} are not "
-                "exact: use --dtype float32"
-            )
-        outputs = padded(outputs, PANEL)
-        weights = torch.empty((count, outputs // PANEL, inputs * PANEL), dtype=torch.int8)
-        self.num_bytes += weights.nbytes + count * outputs * 8
-        return shapes.Product(
-            weights=weights.numpy(),
-            scales=np.zeros((count, outputs), dtype=np.float32),
-            column_sums=np.zeros((count, outputs), dtype=np.int32),
-            bias=np.zeros((count, outputs if has_bias else 0), dtype=np.float32),
-        )
-
-    def _fill(
-        self,
-        product: shapes.Product,
-        layer: int,
-        projections: list[Projection],
-        arrange: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
-    ) -> None:
-        """Read the projections of one layer's product; `arrange` makes one tensor of theirs."""
-        read = [
-            self._reader.int8(f"{each.name}.weight", (each.outputs, each.inputs))
-            for each in projections
-        ]
-        bias = None
-        if projections[0].has_bias:
-            bias = arrange([self._reader.bias(each).float() for each in projections])
-        values, scales = (arrange([each[i] for each in read]) for i in (0, 1))
-        self._put(product, layer, values, scales, bias)
-
-    def _put(
-        self,
-        product: shapes.Product,
-        layer: int,
-        values: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None = None,
-    ) -> None:
-        out = torch.from_numpy(product.weights[layer])
-        values = _pad(values, product.scales.shape[1])
-        pack(values, out.shape[1] // PANEL, out)
-        product.scales[layer, : len(scales)] = scales.numpy()
-        product.column_sums[layer] = column_sums_of(self._threads, product.weights[layer])
-        if bias is not None:
-            product.bias[layer, : len(bias)] = bias.numpy()
-
-
-def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """`tensor` with zeros after its end, up to `size` along the first dimension."""
-    if len(tensor) == size:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros((size - len(tensor), *tensor.shape[1:]))])
-
-
-def _interleave(gate_and_up: list[torch.Tensor]) -> torch.Tensor:
-    """32 outputs of the gate, the same 32 of up, and so on."""
-    size = padded(len(gate_and_up[0]), _HALF)
-    stacks = [_pad(each, size).unflatten(0, (-1, _HALF)) for each in gate_and_up]
-    return torch.stack(stacks, dim=1).flatten(0, 2)
