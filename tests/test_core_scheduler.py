@@ -97,6 +97,9 @@ class RestlessBudget:
     def pace(self, load: Load) -> None:
         pass
 
+    def predict(self, batch: Batch) -> None:
+        pass
+
     def observe(self, batch: Batch, seconds: float) -> None:
         pass
 

@@ -39,11 +39,13 @@ class Batch:
         num_tokens: tokens that run.
         num_decodes: chunks that continue an answer.
         sampling: the chunks that end in a sampled token, in order.
+        token_limit: the budget that was in force; None without one.
     """
 
-    __slots__ = ("chunks", "num_decodes", "num_tokens", "sampling")
+    __slots__ = ("chunks", "num_decodes", "num_tokens", "sampling", "token_limit")
 
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
+    def __init__(self, chunks: Iterable[Chunk], token_limit: int | None = None) -> None:
+        self.token_limit = token_limit
         self.chunks = tuple(chunks)
         self.num_tokens = sum([chunk.num_tokens for chunk in self.chunks])
         self.num_decodes = sum([chunk.is_decode for chunk in self.chunks])

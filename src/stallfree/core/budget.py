@@ -47,6 +47,10 @@ class TokenBudget(Protocol):
         """Tokens of prompts read in a second, and seconds of an iteration; None if not known."""
         ...
 
+    def predict(self, batch: Batch) -> float | None:
+        """Seconds that a batch is likely to take, without a margin; None if not known."""
+        ...
+
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long an iteration took."""
         ...
@@ -92,6 +96,10 @@ class StaticBudget:
         return
 
     def pace(self, load: Load) -> None:  # noqa: ARG002 - as above
+        """Nothing is predicted."""
+        return
+
+    def predict(self, batch: Batch) -> None:  # noqa: ARG002 - as above
         """Nothing is predicted."""
         return
 
@@ -246,6 +254,10 @@ class SloBudget:
         if not load.all_have_targets:
             target_s = min(target_s, self.tbt_slo_s)
         return _SHARE * target_s
+
+    def predict(self, batch: Batch) -> float:
+        """As the predictor has it now."""
+        return self.predictor.seconds(BatchShape.of(batch))
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Follow the machine."""

@@ -53,7 +53,7 @@ def checked_batch(
         chunks.append(Chunk(request, start, num_tokens, samples, is_decode))
     if len({id(chunk.request) for chunk in chunks}) < len(chunks):
         raise PolicyError("a request was proposed twice")
-    batch = Batch(tuple(chunks))
+    batch = Batch(chunks, limit)
     if limit is not None and batch.num_tokens > max(limit, batch.num_decodes):
         raise PolicyError(f"{batch.num_tokens} tokens proposed; the budget is {limit}")
     return batch

@@ -9,6 +9,7 @@ or what runs the batch.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from stallfree.core.batch import Batch
@@ -45,6 +46,8 @@ class Scheduler:
         counters: of what each user got, with fairness.
         num_left_waiting: how many requests of each rank and lower ones the last iteration left
             waiting.
+        preemptions: how many there were, by cause: `memory` (for the next token of others), `tier`
+            (for a prompt that goes before it) or `lost` (with what ran it).
 
     Raises:
         ConfigError: the pool is too small for what the policy reserves for one request.
@@ -65,6 +68,7 @@ class Scheduler:
         self._watermark_blocks = int(watermark * pool.num_blocks)
         self._context_blocks = pool.blocks_for(config.max_model_len)
         self.num_left_waiting = [0] * len(RANKS)
+        self.preemptions: Counter[str] = Counter()
         self._num_arrivals = 0
         self._decodes_ran_last = False
         self._left_out: dict[str, int] = {}  # decodes without a share of the last batch, in line
@@ -203,7 +207,7 @@ class Scheduler:
             if request.pending_finish is not None:
                 self._end_pending(request)
         for request in list(self.running):
-            self._preempt(request)
+            self._preempt(request, "lost")
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, such as for a stop string or a client that left.
@@ -244,7 +248,7 @@ class Scheduler:
                 continue
             missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
             while missing > self.pool.num_free and request.state is RequestState.RUNNING:
-                self._preempt(next(r for r in reversed(self.running) if not r.in_flight))
+                self._preempt(next(r for r in reversed(self.running) if not r.in_flight), "memory")
             if request.state is RequestState.RUNNING:
                 request.block_table += self.pool.allocate(missing)
                 ready.append(request)
@@ -289,10 +293,11 @@ class Scheduler:
             left = self.pool.num_free - candidate.num_blocks
             if has_place and left >= self._watermark_blocks:
                 break
-            self._preempt(victim)
+            self._preempt(victim, "tier")
         return [request for request in ready if request.state is RequestState.RUNNING]
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, cause: str) -> None:
+        self.preemptions[cause] += 1
         request.move_to(RequestState.WAITING)
         self._release_blocks(request)
         request.num_computed_tokens = request.num_confirmed_tokens = 0

@@ -17,12 +17,18 @@ from stallfree.engine.clock import Clock
 from stallfree.engine.completion import Completion
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.iteration_file import IterationFile
-from stallfree.engine.loop import Loop, OneStage
+from stallfree.engine.loop import Iteration, Loop, OneStage
 from stallfree.engine.losses import Losses
+from stallfree.engine.observer import IterationRecord, Observers
 from stallfree.engine.outputs import Delta
 from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.tokenizer import Tokenizer
-from stallfree.errors import EngineError, InvalidRequestError, WorkersLostError
+from stallfree.errors import (
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    WorkersLostError,
+)
 from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
 
 _RESTARTS = 5  # attempts to start workers anew, as those may be lost too
@@ -47,6 +53,9 @@ class Engine:
         admission: who is refused.
         restarts: whether a pipeline that was lost is begun anew.
         iteration_file: where each iteration is noted; None for nowhere.
+
+    Attributes:
+        observers: told of requests and iterations.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Engine:
         self._tiers = dict(tiers or {})
         self._check = RequestCheck(scheduler, facts, self._tiers)
         self.admission = admission or Admission()
+        self.observers = Observers()
         self._iteration_file = iteration_file
         self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
         self._workers = pipeline
@@ -153,7 +163,11 @@ class Engine:
                 targets=targets.completed(self._tiers),
             )
             requests.append(request)
-        predicted_s = self.admission.check(requests[0], params.n, self.scheduler)
+        try:
+            predicted_s = self.admission.check(requests[0], params.n, self.scheduler)
+        except OverloadedError as error:
+            self.observers.refused(requests[0].targets, error)
+            raise
         if predicted_s is not None:
             self._predicted_s[ids[0]] = predicted_s
         self._request_ids[request_id] = ids
@@ -161,6 +175,7 @@ class Engine:
             own_id = request.request_id
             self._completions[own_id] = Completion(request_id, index, request, self.tokenizer)
             self.scheduler.add(request)
+            self.observers.added(request)
 
     def abort(self, request_id: str) -> None:
         """End all completions of a request; unknown ids are ignored, as it may just have ended."""
@@ -203,6 +218,7 @@ class Engine:
         batch, error = iteration.batch, iteration.error
         if isinstance(error, WorkersLostError):
             return self._recover(error, iteration.lost)
+        self._tell_of(iteration)
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
             if not isinstance(error, Exception):  # an interrupt
@@ -219,6 +235,16 @@ class Engine:
         if self._iteration_file is not None:
             self._iteration_file.write(batch, seconds)
         return deltas
+
+    def _tell_of(self, iteration: Iteration) -> None:
+        record = IterationRecord(
+            iteration.batch,
+            iteration.started_s,
+            self.clock.now(),
+            self.scheduler.budget.predict(iteration.batch),
+            is_failed=iteration.output is None,
+        )
+        self.observers.iterated(record, self.scheduler)
 
     def _note_room(self) -> None:
         """Tell the pipeline, if it has room for a batch, that there is none."""
@@ -295,6 +321,7 @@ class Engine:
         """Forget a completion, and end its request if the scheduler has not."""
         request = completion.request
         self.scheduler.finish(request, reason)
+        self.observers.ended(request, request.finish_reason or reason, self.clock.now())
         self._predicted_s.pop(request.request_id, None)
         del self._completions[request.request_id]
         siblings = self._request_ids[completion.request_id]
