@@ -39,7 +39,8 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = (32, 64, 128, 512, 1024)  # tokens, drawn at random
 ANSWERS = (16, 64, 128)
 LONG_PROMPT = 8192
-NUM_REQUESTS = 24
+NUM_REQUESTS = 48
+MAX_NUM_SEQS = 32  # so that two batches in flight have as many decodes each as prompts feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,14 @@ def settings_of(case: Case) -> EngineSettings:
         scheduler=case.scheduler,
         pipeline_parallel_size=case.stages,
         threads=2 // case.stages,
-        max_num_seqs=16,
+        max_num_seqs=MAX_NUM_SEQS,
         max_model_len=LONG_PROMPT + 64,
         kv_cache_memory_bytes=2**30,
     )
 
 
 def run(case: Case, seconds: float) -> dict[str, Any]:
-    """What an engine does while 24 requests are in it, after a sixth of the time to get there."""
+    """What an engine does while 48 requests are in it, after a sixth of the time to get there."""
     print(f"{case.name}: {seconds:g} s", file=sys.stderr)
     engine = build_engine(settings_of(case))
     load = Load(engine, PROMPTS, ANSWERS, NUM_REQUESTS)

@@ -13,6 +13,7 @@ from test_step_time import device_seconds
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget
+from stallfree.core.load import Load
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredictor
 
@@ -146,6 +147,16 @@ def test_a_slower_machine_is_within_the_target_again() -> None:
     late = [seconds for _, seconds in device.steps[-34:]]
     assert max(late) <= 0.2 * 1.05
     assert max(late) > 0.15
+
+
+def test_batches_in_flight_share_the_decodes_that_are_admitted() -> None:
+    slo_s, sizes = 0.05, [64] * 200
+    alone = SloBudget(slo_s, StepTimePredictor(MODEL), tile_tokens=TILE)
+    pipeline = SloBudget(slo_s, StepTimePredictor(MODEL), tile_tokens=TILE, num_stages=3)
+    count = alone.admissions(Load(()), sizes)
+    assert 1 < count < len(sizes) / 3
+    assert pipeline.admissions(Load(()), sizes) == 3 * count
+    assert pipeline.pace(Load(()))[0] == pytest.approx(3 * alone.pace(Load(()))[0])
 
 
 @pytest.mark.parametrize("slo_s", [0.0, -1.0, float("nan")])

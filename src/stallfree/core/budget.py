@@ -123,6 +123,8 @@ class SloBudget:
         predictor: of iterations.
         tile_tokens: see `TokenBudget`; also the least that a prompt under way gets.
         max_tokens: of an iteration.
+        num_stages: batches in flight at once, which share the decodes; the predictor predicts each
+            from when it is scheduled until its tokens are there.
 
     Attributes:
         squeezed: what the least that prompts get cost so far.
@@ -135,6 +137,7 @@ class SloBudget:
         *,
         tile_tokens: int = 1,
         max_tokens: int = 2048,
+        num_stages: int = 1,
     ) -> None:
         if not tbt_slo_s > 0:
             raise ValueError(f"a target of {tbt_slo_s} s between tokens; it must be above 0")
@@ -142,6 +145,7 @@ class SloBudget:
         self.predictor = predictor
         self.tile_tokens = tile_tokens
         self.max_tokens = max_tokens
+        self.num_stages = num_stages
         self.squeezed = Squeezed()
 
     def tokens(self, load: Load) -> int:
@@ -178,17 +182,28 @@ class SloBudget:
     def admissions(self, load: Load, sizes: Sequence[int]) -> int:
         """As many as are within the target once all decode; one at least if nothing runs."""
         rows, context = self._rows_and_context(load)
-        count = self._most_decodes(rows, context, sizes, self._target_s(load))
+        count = self._most_decodes(rows, context, sizes, self._target_s(load), self.num_stages)
         return count if rows else max(1, count)
 
-    def _most_decodes(self, rows: int, context: int, sizes: Sequence[int], target_s: float) -> int:
-        """How many decodes of these contexts fit beside others, the first of them first."""
+    def _most_decodes(
+        self, rows: int, context: int, sizes: Sequence[int], target_s: float, num_batches: int = 1
+    ) -> int:
+        """How many decodes of these contexts fit beside others, the first of them first.
+
+        Args:
+            rows: the others.
+            context: of the others.
+            sizes: the contexts.
+            target_s: of a batch, in seconds.
+            num_batches: that share all of them evenly.
+        """
         contexts = list(accumulate(sizes, initial=context))
         margin = self.predictor.margin
 
         def fits(count: int) -> bool:
-            every = rows + count
-            shape = BatchShape(every, decode_context=contexts[count], num_sampled=every)
+            every = -(-(rows + count) // num_batches)
+            context = contexts[count] // num_batches
+            shape = BatchShape(every, decode_context=context, num_sampled=every)
             return margin * self.predictor.seconds(shape) <= target_s
 
         low, high = 0, len(sizes)
@@ -201,8 +216,9 @@ class SloBudget:
         """As it would be with all that run at their decodes."""
         rows, context = self._rows_and_context(load)
         target_s = self._target_s(load) if rows else max(self.tbt_slo_s, _IDLE_S)
+        rows, context = -(-rows // self.num_stages), context // self.num_stages
         num_tokens, seconds = self._most_tokens(rows, 0, context, rows + 1, target_s)
-        return (num_tokens - rows) / seconds, seconds
+        return self.num_stages * (num_tokens - rows) / seconds, seconds
 
     def _rows_and_context(self, load: Load) -> tuple[int, int]:
         """Decodes and their context once all prompts that are under way have been read."""

@@ -165,6 +165,7 @@ def _budget(
         facts.tbt_slo_s,
         StepTimePredictor(profile.times, relevant_s=facts.tbt_slo_s / 4),
         tile_tokens=max(facts.tile_tokens, profile.tile_tokens),
+        num_stages=facts.pipeline_parallel_size,
     )
 
 

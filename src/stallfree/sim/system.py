@@ -91,7 +91,13 @@ class System:
             return StaticBudget(tokens, self.tile_tokens)
         known = self.known_times or fitted(times, self.max_model_len)
         predictor = StepTimePredictor(known, relevant_s=target_s / 4)
-        return SloBudget(target_s, predictor, tile_tokens=self.tile_tokens, max_tokens=_MOST_TOKENS)
+        return SloBudget(
+            target_s,
+            predictor,
+            tile_tokens=self.tile_tokens,
+            max_tokens=_MOST_TOKENS,
+            num_stages=times.num_stages,
+        )
 
 
 def fitted(times: StageTimes, max_model_len: int) -> StepTimeModel:
