@@ -10,6 +10,7 @@ from typing import TextIO
 from stallfree.core.batch import Batch
 from stallfree.core.bubbles import Bubble, StageUse, Work, bubble_between
 from stallfree.errors import ConfigError
+from stallfree.executor.trace_event import bar
 
 _KEPT_GAPS = 64  # stretches without work that may still explain a gap
 
@@ -99,15 +100,7 @@ class StageLog:
     ) -> None:
         if self._file is None:
             return
-        event = {
-            "name": name,
-            "ph": "X",
-            "pid": 0,
-            "tid": stage,
-            "ts": round(start_s * 1e6),
-            "dur": round((end_s - start_s) * 1e6),
-            "args": args,
-        }
+        event = bar(name, stage, start_s, end_s, args)
         self._file.write(json.dumps(event) + ",\n")
 
 
