@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import typer
 
 from stallfree.engine.settings import EngineSettings, ServerSettings
@@ -26,10 +24,11 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from stallfree.engine.async_engine import AsyncEngine
     from stallfree.engine.build import build_engine
     from stallfree.server.app import run_server
+    from stallfree.server.observability import check_tracing
+    from stallfree.server.request_log import configure_logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    if engine.admit_within_slo is not None:
-        logging.getLogger("stallfree.first_token").setLevel(logging.INFO)
+    configure_logging(server)
+    check_tracing(server)
     console = Console(stderr=True)
     built = build_engine(engine)
     exit_code = run_server(

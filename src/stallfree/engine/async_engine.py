@@ -42,7 +42,7 @@ class _Stream:
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # the event loop has closed: nobody listens any more
-            logger.debug("%s came after its event loop closed", item)
+            logger.debug("a delta came after its event loop had closed")
 
     async def get(self) -> Delta | None:
         """What is next; raises why the request was refused."""

@@ -23,6 +23,7 @@ from stallfree.server.chat import create_chat_completion
 from stallfree.server.completions import create_completion
 from stallfree.server.errors import FAILED, ApiError, api_error, shorten
 from stallfree.server.lifecycle import ApiServer, bind
+from stallfree.server.observability import Observability
 from stallfree.server.protocol import (
     Body,
     ChatRequest,
@@ -30,6 +31,8 @@ from stallfree.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from stallfree.server.request_id import HEADER as REQUEST_ID
+from stallfree.server.request_note import current_note
 from stallfree.server.service import Service
 
 _BEARER = HTTPBearer(auto_error=False)
@@ -40,9 +43,10 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     """The HTTP application for an engine; its lifespan starts and stops the engine.
 
     Raises:
-        ConfigError: the chat template cannot be used.
+        ConfigError: the chat template cannot be used, or traces cannot be sent.
     """
     service = Service(engine, settings)
+    observability = Observability(service, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -50,6 +54,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         yield
         if not service.ends_at_once:
             await asyncio.to_thread(engine.stop)
+            await asyncio.to_thread(observability.close)
 
     app = FastAPI(
         title="stallfree", version=version("stallfree"), lifespan=lifespan, redirect_slashes=False
@@ -73,6 +78,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         protected.add_api_route(
             path, endpoint, methods=["POST"], openapi_extra=_body_schema(body, schemas)
         )
+    observability.add_to(app, protected)
     app.include_router(protected)
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return app
@@ -139,7 +145,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             answer = api_error(error)
         case _:  # raised again and logged by those who called
             answer = ApiError(500, FAILED)
-    return JSONResponse(answer.body(), answer.status, answer.headers)
+    headers = {**(answer.headers or {}), REQUEST_ID: current_note().request_id}
+    return JSONResponse(answer.body(), answer.status, headers)
 
 
 def _body_schema(body: type[Body], schemas: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.outputs import Delta
 from stallfree.errors import EngineStoppedError, ExecutorError
 from stallfree.executor.output import PositionLogprobs
+from stallfree.server.request_note import GenerationNote, current_note
 from stallfree.server.service import Prompt
 
 PromptLogprobs = tuple[PositionLogprobs | None, ...]
@@ -105,6 +106,7 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
         ExecutorError: an iteration failed.
     """
     queue: asyncio.Queue[tuple[int, Delta] | asyncio.Task[None] | None] = asyncio.Queue()
+    note = _begin_note(job)
 
     async def run(index: int, prompt: Prompt) -> None:
         request_id = f"{job.request_id}-{index}"
@@ -114,7 +116,9 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
                 if delta is None:
                     queue.put_nowait(None)
                     continue
-                queue.put_nowait((index * job.params.n + delta.index, _checked(delta)))
+                choice = index * job.params.n + delta.index
+                note.add(choice, delta, engine.now())
+                queue.put_nowait((choice, _checked(delta)))
 
     tasks = [asyncio.create_task(run(index, prompt)) for index, prompt in enumerate(job.prompts)]
     for task in tasks:
@@ -127,6 +131,7 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
             if item is None:
                 num_accepted += 1
                 if num_accepted == len(tasks):
+                    note.is_accepted = True
                     yield None
                     for each in held:
                         yield each
@@ -162,6 +167,22 @@ async def collect(engine: AsyncEngine, job: Job) -> Outcome:
     for choice, text in zip(outcome.choices, texts, strict=True):
         choice.text = "".join(text)
     return outcome
+
+
+def _begin_note(job: Job) -> GenerationNote:
+    """Note what a job asks for, in the note of the request that it answers."""
+    request = current_note()
+    request.generation = GenerationNote(
+        job.request_id,
+        job.targets.tier,
+        job.params,
+        job.num_choices,
+        job.num_prompt_tokens,
+        job.arrived_at,
+    )
+    if request.keeps_text:
+        request.generation.prompts = [each.text or list(each.token_ids) for each in job.prompts]
+    return request.generation
 
 
 def _checked(delta: Delta) -> Delta:

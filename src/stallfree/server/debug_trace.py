@@ -1,0 +1,110 @@
+"""`POST /debug/trace`: what the engine does for the next seconds, to be opened in Perfetto."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator
+from itertools import islice
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from stallfree.engine.trace_recorder import Recording, TraceRecorder
+from stallfree.errors import InvalidRequestError
+from stallfree.server.errors import ApiError
+from stallfree.server.fields import shown
+from stallfree.server.service import Service
+from stallfree.server.sse import while_connected
+
+MIN_S, MAX_S, DEFAULT_S = 1, 60, 5
+OPENAPI: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "seconds",
+            "in": "query",
+            "description": "How long to record.",
+            "schema": {
+                "type": "number",
+                "minimum": MIN_S,
+                "maximum": MAX_S,
+                "default": DEFAULT_S,
+            },
+        }
+    ]
+}
+
+_POLL_S = 0.1  # how soon a recording ends with the server
+_EVENTS_AT_ONCE = 200  # that are encoded before others have their turn
+
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+class DebugTrace:
+    """The endpoint.
+
+    Args:
+        service: what is served; the engine's thread has not started.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._recorder = TraceRecorder()
+        service.engine.engine.observers.add(self._recorder)
+
+    async def record(self, request: Request) -> Response:
+        """A trace of iterations and requests for some seconds, as a file for Perfetto."""
+        seconds = _seconds(request.query_params.get("seconds", str(DEFAULT_S)))
+        self._service.check_ready()
+        async for _ in request.stream():  # a body means nothing
+            pass
+        if self._recorder.is_recording:
+            raise ApiError(409, "another trace is being recorded; try again when it has ended")
+        recording = self._recorder.start(self._service.engine.now())
+        try:
+            await while_connected(request.receive, self._wait(seconds))
+        finally:
+            self._recorder.stop()
+        return StreamingResponse(
+            _file(recording, self._service.engine.now()),
+            media_type="application/json",
+            headers={"Content-Disposition": 'attachment; filename="stallfree-trace.json"'},
+        )
+
+    async def _wait(self, seconds: float) -> None:
+        """Until the time is over, or the server is about to end."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._service.draining or self._service.engine.error is not None:
+                return
+            await asyncio.sleep(min(left, _POLL_S))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not MIN_S <= seconds <= MAX_S:
+        raise InvalidRequestError(
+            f"seconds is {shown(text)}; it must be a number from {MIN_S} to {MAX_S}", "seconds"
+        )
+    return seconds
+
+
+async def _file(recording: Recording, now: float) -> AsyncGenerator[bytes, None]:
+    """The trace in pieces, so that a long one holds up nobody."""
+    events = recording.events(now)
+    yield b'{"displayTimeUnit":"ms","traceEvents":[\n'
+    separator = b""
+    while piece := _piece(events):
+        yield separator + piece
+        separator = b",\n"
+        await asyncio.sleep(0)
+    yield b'\n],"otherData":' + _encode({"is_cut": recording.is_cut}).encode() + b"}\n"
+
+
+def _piece(events: Iterator[dict[str, object]]) -> bytes:
+    return b",\n".join(_encode(event).encode() for event in islice(events, _EVENTS_AT_ONCE))
