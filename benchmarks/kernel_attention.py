@@ -14,7 +14,7 @@ import torch
 from machine import float_rate
 from steps import BLOCK, Bounds, Case, Costs, decodes, fill, make_input, seconds
 
-from stallfree.kernels import layers, shapes
+from stallfree.kernels import phases, shapes
 from stallfree.kernels.int8_matmul import PANEL
 from stallfree.kernels.jit import compiled, entry
 from stallfree.kernels.openmp import parallel
@@ -41,8 +41,8 @@ def _attend(thread, threads, first, stop, stride, job):  # type: ignore[no-untyp
     base = 0
     for number in range(first, stop):
         layer = number % job.cache.keys.shape[0]
-        base = layers._attend(team, base, layer, 0, stride, job)
-        base = layers._quantize_attended(team, base, 0, rows, stride, job)
+        base = phases.attend(team, base, layer, 0, stride, job)
+        base = phases.quantize_attended(team, base, 0, rows, stride, job)
 
 
 @entry

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from steps import SCALE_BYTES, Bounds, seconds
 
-from stallfree.kernels import layers, shapes
+from stallfree.kernels import phases, shapes
 from stallfree.kernels.int8_matmul import PANEL, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, entry
@@ -41,9 +41,9 @@ def _multiply(thread, threads, product, first, stop, rows, x, out, scratch):  # 
     width, outputs = product.weights.shape[2] // PANEL, product.scales.shape[1]
     base = 0
     for number in range(first, stop):
-        base = layers._quantize(team, base, rows, x, width, scratch)
-        matrix = layers._of_layer(product, number % product.weights.shape[0])
-        base = layers._multiply(team, base, rows, matrix, layers._STORE, out, 0, outputs, scratch)
+        base = phases.quantize_rows(team, base, rows, x, width, scratch)
+        matrix = phases.of_layer(product, number % product.weights.shape[0])
+        base = phases.multiply(team, base, rows, matrix, phases.STORE, out, 0, outputs, scratch)
 
 
 @entry

@@ -17,9 +17,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The quick brown fox", "Die Würde", "alpha beta gamma delta river", "x"]
 
 
-def tiny_settings(folder: Path, **config: Any) -> EngineSettings:
-    """Settings of an engine with a tiny Qwen2, which is saved to `folder`."""
-    save_tiny_model(folder, "qwen2", initializer_range=0.2, **config)
+def tiny_settings(folder: Path, architecture: str = "qwen2", **config: Any) -> EngineSettings:
+    """Settings of an engine with a tiny model, which is saved to `folder`."""
+    save_tiny_model(folder, architecture, initializer_range=0.2, **config)
     return EngineSettings(
         model=str(folder),
         dtype="float32",

@@ -44,13 +44,9 @@ def arithmetic_for(
         ConfigError: int8 was asked for and cannot.
     """
     obstacle = int8_obstacle(config)
-    if not chosen.int8 or (obstacle is None and settings.tensor_parallel_size == 1):
+    if not chosen.int8 or obstacle is None:
         return chosen
     problem = f"int8 is not implemented for {config.architecture} ({obstacle})"
-    if obstacle is None:
-        problem = (
-            f"int8 is not implemented for tensor_parallel_size {settings.tensor_parallel_size}"
-        )
     if settings.dtype == "int8":
         raise ConfigError(f"dtype {problem}: use --dtype auto")
     _log.warning("%s: the model runs in float32, several times slower", problem)

@@ -25,7 +25,7 @@ class ParallelSettings(SchedulingSettings):
     tensor_parallel_size: Annotated[
         int,
         Flag(
-            "Processes that share each layer's matrices. On a CPU they need --dtype float32.",
+            "Processes that share each layer's matrices.",
             "SHARES",
             panel="Several processes",
         ),

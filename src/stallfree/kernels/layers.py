@@ -1,115 +1,34 @@
 """The forward pass of a decoder of the Llama family in int8: one parallel region for all layers.
 
 Read it from below: `_run_layer` is one layer, ten phases, or twelve where what is added is normed.
-All threads run the same phases with a barrier after each, and share a phase's units of work by
-claiming the next one, so that a thread that another process holds up does less of them. What it
-is given, and the legend of shapes: `shapes.py`.
+All threads run the same phases with a barrier after each (`phases.py`). What it is given, and the
+legend of shapes: `shapes.py`. Where several processes share the layers: `shares.py`.
 
 A row's result depends on that row alone, to the last bit: sums of products are integers and exact;
 a sum of floats always has the same order, whoever claims the unit that it is in; attention cuts
 contexts at fixed positions (`attention.py`). So greedy answers do not depend on the batch, the
-token budget or the number of threads.
+token budget, the number of threads or how layers are shared.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
-from stallfree.kernels.attention import ROWS as QUERY_ROWS
-from stallfree.kernels.attention import (
-    SPLIT,
-    attend_split,
-    merge,
+from stallfree.kernels.int8_matmul import PANEL
+from stallfree.kernels.jit import compiled, entry
+from stallfree.kernels.openmp import parallel
+from stallfree.kernels.phases import (
+    ADD,
+    STORE,
+    add_normed,
+    attend,
+    embed_tokens,
+    multiply,
+    norm_rows,
+    of_layer,
+    place_all,
+    quantize_attended,
+    quantize_rows,
 )
-from stallfree.kernels.int8_matmul import (
-    DEPTH,
-    PANEL,
-    ROWS,
-    UNIT_GROUPS,
-    VECTORS,
-    dequantized,
-    multiply_tile,
-)
-from stallfree.kernels.ir import LANES
-from stallfree.kernels.jit import compiled, entry, inlined
-from stallfree.kernels.openmp import barrier, fetch_add, parallel
-from stallfree.kernels.rows import (
-    embed,
-    merge_splits,
-    place_heads,
-    quantize,
-    rms_norm,
-    write_head,
-)
-from stallfree.kernels.shapes import SLICE_ROWS, Product, Team
-from stallfree.kernels.simd import exp2, fill, load, put, total
-
-_STORE, _ADD, GATE_SILU, GATE_GELU = 0, 1, 2, 3  # what becomes of a product
-_MINUS_LOG2_E = np.float32(-1.4426950408889634)
-_GELU_SLOPE = np.float32(-1.4426950408889634 * 1.5957691216057308)  # -log2(e) * 2 * sqrt(2 / pi)
-_GELU_CUBE = np.float32(0.044715)
-_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-_INFINITY = np.float32(np.inf)
-
-
-@inlined
-def _claim(base, scratch):
-    """The next unit of a phase; the counter was at `base` when the phase began."""
-    return fetch_add(scratch.counter, 0, 1) - base
-
-
-@inlined
-def _done(team, units, base, scratch):
-    """End a phase. Each thread has claimed once in vain, so the counter is now at the result."""
-    barrier(scratch.barrier, team.threads)
-    return base + units + team.threads
-
-
-@inlined
-def _groups(rows):
-    return (rows + ROWS - 1) // ROWS
-
-
-@compiled
-def _embed(team, base, table, job):
-    """Hidden states from token ids."""
-    scratch = job.scratch
-    rows, width = job.work.token_ids.size, job.shape.width
-    row = _claim(base, scratch)
-    while row < rows:
-        token = job.work.token_ids[row]
-        embed(token, table.weights, table.scales, scratch.hidden, row * width, width)
-        row = _claim(base, scratch)
-    return _done(team, rows, base, scratch)
-
-
-@compiled
-def _norm(team, base, rows, x, at, weight, shape, scratch):
-    """Norm rows of `x` from `at`, and quantize them."""
-    normed = scratch.thread_row[team.thread]
-    width = shape.width
-    group = _claim(base, scratch)
-    while group < _groups(rows):
-        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
-            rms_norm(x, at + row * width, weight, shape.hidden, width, shape.epsilon, normed, 0)
-            quantize(normed, 0, width, row, scratch.activations, scratch.scales, scratch.zeros)
-        group = _claim(base, scratch)
-    return _done(team, _groups(rows), base, scratch)
-
-
-@compiled
-def _add_normed(team, base, rows, x, weight, out, at, shape, scratch):
-    """Norm rows of `x`, and add them to rows of `out` from `at`."""
-    normed = scratch.thread_row[team.thread]
-    width = shape.width
-    row = _claim(base, scratch)
-    while row < rows:
-        rms_norm(x, row * width, weight, shape.hidden, width, shape.epsilon, normed, 0)
-        for i in range(0, width, LANES):
-            place = at + row * width + i
-            put(out, place, load(out, place) + load(normed, i))
-        row = _claim(base, scratch)
-    return _done(team, rows, base, scratch)
+from stallfree.kernels.shapes import SLICE_ROWS, Team
 
 
 @compiled
@@ -117,228 +36,25 @@ def _multiply_and_add(team, base, rows, matrix, norm, at, job):
     """Add a product of the quantized rows, normed if there is a norm, to the hidden states."""
     shape, scratch = job.shape, job.scratch
     if norm.size:
-        base = _multiply(team, base, rows, matrix, _STORE, scratch.wide, 0, shape.width, scratch)
-        return _add_normed(team, base, rows, scratch.wide, norm, scratch.hidden, at, shape, scratch)
-    return _multiply(team, base, rows, matrix, _ADD, scratch.hidden, at, shape.width, scratch)
+        base = multiply(team, base, rows, matrix, STORE, scratch.wide, 0, shape.width, scratch)
+        return add_normed(team, base, rows, scratch.wide, norm, scratch.hidden, at, shape, scratch)
+    return multiply(team, base, rows, matrix, ADD, scratch.hidden, at, shape.width, scratch)
 
 
 @compiled
-def _quantize(team, base, rows, x, width, scratch):
-    """Quantize rows of `x`."""
-    group = _claim(base, scratch)
-    while group < _groups(rows):
-        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
-            quantize(x, row * width, width, row, scratch.activations, scratch.scales, scratch.zeros)
-        group = _claim(base, scratch)
-    return _done(team, _groups(rows), base, scratch)
-
-
-@compiled
-def _multiply(team, base, rows, matrix, kind, out, at, stride, scratch):
-    """A product of the quantized rows with a matrix; row r goes to `out` at `at` + r * `stride`."""
-    panels, groups = matrix.weights.shape[0], _groups(rows)
-    steps = matrix.weights.shape[1] // (PANEL * DEPTH)
-    units = panels * ((groups + UNIT_GROUPS - 1) // UNIT_GROUPS)
-    sums = scratch.thread_sums[team.thread]
-    unit = _claim(base, scratch)
-    while unit < units:
-        first_group, panel = unit // panels * UNIT_GROUPS, unit % panels
-        for group in range(first_group, min(groups, first_group + UNIT_GROUPS)):
-            some = min(ROWS, rows - group * ROWS)
-            multiply_tile(
-                some, scratch.activations, group, matrix.weights, panel, steps, team.threads, sums
-            )
-            for i in range(some):
-                row = group * ROWS + i
-                scale, zero = scratch.scales[row], scratch.zeros[row]
-                _finish(sums, i, scale, zero, matrix, panel, kind, out, at + row * stride)
-        unit = _claim(base, scratch)
-    return _done(team, units, base, scratch)
-
-
-@inlined
-def _finish(sums, row, scale, zero, matrix, panel, kind, out, at):
-    """Turn one row of a tile into floats, and put them where they belong."""
-    column = panel * PANEL
-    if kind >= GATE_SILU:
-        half = VECTORS // 2
-        for v in range(half):
-            gate = dequantized(sums, row, v, scale, zero, matrix, column)
-            up = dequantized(sums, row, v + half, scale, zero, matrix, column)
-            exponent = gate * fill(_MINUS_LOG2_E)
-            if kind == GATE_GELU:  # by tanh: 1 + tanh(x) is 2 * sigmoid(2 * x)
-                cubic = fill(_ONE) + gate * gate * fill(_GELU_CUBE)
-                exponent = gate * fill(_GELU_SLOPE) * cubic
-            sigmoid = fill(_ONE) / (fill(_ONE) + exp2(exponent))
-            put(out, at + column // 2 + v * LANES, gate * sigmoid * up)
-        return
-    for v in range(VECTORS):
-        value = dequantized(sums, row, v, scale, zero, matrix, column)
-        place = at + column + v * LANES
-        if kind == _ADD:
-            value = load(out, place) + value
-        put(out, place, value)
-
-
-@inlined
-def _of_layer(product, layer):
-    """The matrix of one layer."""
-    return Product(
-        product.weights[layer],
-        product.scales[layer],
-        product.column_sums[layer],
-        product.bias[layer],
-    )
-
-
-@compiled
-def _place_heads(team, base, first, rows, layers, layer, stride, job):
-    """Rotate queries and keys; keys and values into the cache."""
-    shape = job.shape
-    work = job.work
-    scratch = job.scratch
-    keys = job.cache.keys[layer]
-    values = job.cache.values[layer]
-    row = _claim(base, scratch)
-    while row < rows:
-        place_heads(
-            scratch.wide,
-            row * stride,
-            work.angles[layers.ropes[layer], first + row],
-            layers.q_norm[layer],
-            layers.k_norm[layer],
-            shape,
-            work.slots[first + row],
-            scratch.queries,
-            (first + row) * shape.heads * shape.depth,
-            keys,
-            values,
-        )
-        row = _claim(base, scratch)
-    return _done(team, rows, base, scratch)
-
-
-@compiled
-def _attend(team, base, layer, window, stride, job):
-    """Attention of all rows, by items and key heads."""
-    units = job.work.items.shape[0] * job.shape.kv_heads
-    unit = _claim(base, job.scratch)
-    while unit < units:
-        item, head = unit // job.shape.kv_heads, unit % job.shape.kv_heads
-        _attend_item(team.thread, layer, job.work.items[item], head, window, stride, job)
-        unit = _claim(base, job.scratch)
-    return _done(team, units, base, job.scratch)
-
-
-@compiled
-def _attend_item(thread, layer, item, head, window, stride, job):
-    """Attention of some tokens' rows for one key head."""
+def run_attention(team, base, layer, layers, job):
+    """A layer's attention, up to the heads' outputs of all rows."""
     shape, scratch = job.shape, job.scratch
-    chunk, first_row, position, tokens, split, part = item
-    depth, heads, width = shape.depth, shape.heads, shape.head_width
-    group = heads // shape.kv_heads
-    rows = tokens * group
-    queries, out = scratch.thread_queries[thread], scratch.thread_out[thread]
-    merged, stats = scratch.thread_total[thread], scratch.thread_stats[thread]
-    tops, all_sums, all_tops, shrink = stats[0], stats[1], stats[2], stats[3]
-    sums = scratch.thread_weights[thread]
-    for row in range(rows):
-        at_head = head * group + row % group
-        start = ((first_row + row // group) * heads + at_head) * depth
-        packed = row // QUERY_ROWS * depth * QUERY_ROWS + row % QUERY_ROWS
-        for i in range(depth):
-            queries[packed + i * QUERY_ROWS] = scratch.queries[start + i]
-        all_sums[row], all_tops[row] = _ZERO, -_INFINITY
-        for i in range(0, width, LANES):
-            put(merged, row * width + i, fill(_ZERO))
-    low, high = split, split + 1
-    if split < 0:
-        low, high = 0, (position + tokens - 1) // SPLIT + 1
-    for each in range(low, high):
-        attend_split(
-            rows,
-            group,
-            position,
-            each,
-            window,
-            queries,
-            job.cache.keys[layer],
-            job.cache.values[layer],
-            job.work.groups[chunk],
-            shape.kv_heads,
-            head,
-            depth,
-            width,
-            out,
-            sums,
-            tops,
-            scratch.thread_scores[thread],
-            shrink,
-            scratch.thread_places[thread],
-        )
-        if split < 0:
-            for row in range(rows):
-                weight = total(load(sums, row * LANES))
-                merge(
-                    merged,
-                    row * width,
-                    all_sums,
-                    all_tops,
-                    row,
-                    out,
-                    row * width,
-                    weight,
-                    tops[row],
-                    width,
-                )
-    for row in range(rows):
-        at_head = head * group + row % group
-        if split < 0:
-            place = (first_row + row // group) * stride + at_head * depth
-            write_head(merged, row * width, all_sums[row], depth, scratch.attended, place)
-        else:
-            place = part * heads + at_head
-            scratch.part_sums[place] = total(load(sums, row * LANES))
-            scratch.part_tops[place] = tops[row]
-            for i in range(0, width, LANES):
-                put(scratch.part, place * width + i, load(out, row * width + i))
-
-
-@compiled
-def _quantize_attended(team, base, first, rows, stride, job):
-    """Merge the splits of rows that have several, and quantize all."""
-    scratch, shape = job.scratch, job.shape
-    stats, merged = scratch.thread_stats[team.thread], scratch.thread_out[team.thread]
-    group = _claim(base, scratch)
-    while group < _groups(rows):
-        for row in range(group * ROWS, min(rows, (group + 1) * ROWS)):
-            place = (first + row) * stride
-            part, count = job.work.parts[first + row]
-            if count:
-                merge_splits(
-                    part,
-                    count,
-                    shape,
-                    scratch.part,
-                    scratch.part_sums,
-                    scratch.part_tops,
-                    stats[0],
-                    stats[1],
-                    merged,
-                    scratch.attended,
-                    place,
-                )
-            quantize(
-                scratch.attended,
-                place,
-                stride,
-                row,
-                scratch.activations,
-                scratch.scales,
-                scratch.zeros,
-            )
-        group = _claim(base, scratch)
-    return _done(team, _groups(rows), base, scratch)
+    all_rows, width = job.work.token_ids.size, shape.width
+    qkv_width = layers.qkv.scales.shape[1]
+    attended_width = layers.output.weights.shape[2] // PANEL
+    qkv, norm = of_layer(layers.qkv, layer), layers.input_norm[layer]
+    for first in range(0, all_rows, SLICE_ROWS):
+        rows, at = min(SLICE_ROWS, all_rows - first), first * width
+        base = norm_rows(team, base, rows, scratch.hidden, at, norm, shape, scratch)
+        base = multiply(team, base, rows, qkv, STORE, scratch.wide, 0, qkv_width, scratch)
+        base = place_all(team, base, first, rows, layers, layer, qkv_width, job)
+    return attend(team, base, layer, layers.windows[layer], attended_width, job)
 
 
 @compiled
@@ -346,27 +62,20 @@ def _run_layer(team, base, layer, layers, job):
     """One layer: its attention, then its MLP, each added to the hidden states."""
     shape, scratch = job.shape, job.scratch
     all_rows, width = job.work.token_ids.size, shape.width
-    qkv_width = layers.qkv.scales.shape[1]
     attended_width = layers.output.weights.shape[2] // PANEL
     inner_width = layers.down.weights.shape[2] // PANEL
     hidden, wide = scratch.hidden, scratch.wide
-    qkv, output = _of_layer(layers.qkv, layer), _of_layer(layers.output, layer)
-    gate_up, down = _of_layer(layers.gate_up, layer), _of_layer(layers.down, layer)
-    input_norm, mlp_norm = layers.input_norm[layer], layers.mlp_norm[layer]
+    output, gate_up = of_layer(layers.output, layer), of_layer(layers.gate_up, layer)
+    down, norm = of_layer(layers.down, layer), layers.mlp_norm[layer]
     attention_post, mlp_post = layers.post_attention_norm[layer], layers.post_mlp_norm[layer]
+    base = run_attention(team, base, layer, layers, job)
     for first in range(0, all_rows, SLICE_ROWS):
         rows, at = min(SLICE_ROWS, all_rows - first), first * width
-        base = _norm(team, base, rows, hidden, at, input_norm, shape, scratch)
-        base = _multiply(team, base, rows, qkv, _STORE, wide, 0, qkv_width, scratch)
-        base = _place_heads(team, base, first, rows, layers, layer, qkv_width, job)
-    base = _attend(team, base, layer, layers.windows[layer], attended_width, job)
-    for first in range(0, all_rows, SLICE_ROWS):
-        rows, at = min(SLICE_ROWS, all_rows - first), first * width
-        base = _quantize_attended(team, base, first, rows, attended_width, job)
+        base = quantize_attended(team, base, first, rows, attended_width, job)
         base = _multiply_and_add(team, base, rows, output, attention_post, at, job)
-        base = _norm(team, base, rows, hidden, at, mlp_norm, shape, scratch)
-        base = _multiply(team, base, rows, gate_up, shape.gate, wide, 0, inner_width, scratch)
-        base = _quantize(team, base, rows, wide, inner_width, scratch)
+        base = norm_rows(team, base, rows, hidden, at, norm, shape, scratch)
+        base = multiply(team, base, rows, gate_up, shape.gate, wide, 0, inner_width, scratch)
+        base = quantize_rows(team, base, rows, wide, inner_width, scratch)
         base = _multiply_and_add(team, base, rows, down, mlp_post, at, job)
     return base
 
@@ -375,7 +84,7 @@ def _run_layer(team, base, layer, layers, job):
 def _run(thread, threads, table, layers, job):
     team, base = Team(thread, threads), 0
     if table.scales.size:
-        base = _embed(team, base, table, job)
+        base = embed_tokens(team, base, table, job)
     for layer in range(layers.windows.size):
         base = _run_layer(team, base, layer, layers, job)
 
@@ -398,8 +107,8 @@ def run(threads, table, layers, job):
 @compiled
 def _run_logits(thread, threads, hidden, norm, head, shape, out, scratch):
     team, rows = Team(thread, threads), hidden.shape[0]
-    base = _norm(team, 0, rows, hidden.reshape(-1), 0, norm, shape, scratch)
-    _multiply(team, base, rows, head, _STORE, out.reshape(-1), 0, out.shape[1], scratch)
+    base = norm_rows(team, 0, rows, hidden.reshape(-1), 0, norm, shape, scratch)
+    multiply(team, base, rows, head, STORE, out.reshape(-1), 0, out.shape[1], scratch)
 
 
 @entry

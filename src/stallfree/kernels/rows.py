@@ -58,14 +58,29 @@ def quantize(x, at, width, row, activations, scales, zeros):
     The numbers reach from the row's least float, or zero, to its largest, or zero; that which
     stands for zero goes to `zeros`. The scale is NaN if one of the floats is no finite number.
     """
+    below, above, nothing = span(x, at, width)
+    round_row(x, at, width, row, below, above, nothing, activations, scales, zeros)
+
+
+@inlined
+def span(x, at, width):
+    """How far `width` floats reach below zero and above it; and zero, or NaN if one is not finite.
+
+    Of floats that are not finite the first two may tell nothing.
+    """
     top, bottom, nothing = fill(_ZERO), fill(_ZERO), fill(_ZERO)
     for i in range(0, width, LANES):
         some = load(x, at + i)
         top = maximum(top, some)
         bottom = maximum(bottom, fill(_ZERO) - some)
         nothing = fma(some, fill(_ZERO), nothing)
-    below = largest(bottom)
-    reach = max(largest(top) + below, _TINY) + total(nothing)
+    return largest(bottom), largest(top), total(nothing)
+
+
+@inlined
+def round_row(x, at, width, row, below, above, nothing, activations, scales, zeros):
+    """Round `width` floats, of a row that has the given `span`, as `quantize` does."""
+    reach = max(above + below, _TINY) + nothing
     factor = np.float32(LEVELS) / reach
     zero = np.int32(np.rint(below * factor))
     start = (row // ROWS * (width // DEPTH) * ROWS + row % ROWS) * DEPTH

@@ -153,6 +153,23 @@ class Job(NamedTuple):
     scratch: Scratch
 
 
+class Share(NamedTuple):
+    """What one of several processes that share every layer is given too: see `shares.py`.
+
+    Attributes:
+        first_token, num_tokens: which rows of the embedding it has.
+        ranges: float32, two for each row: how far its floats reach below zero, and above.
+        sums: int32 (rows * padded hidden,), sums of products.
+        exchange: address of a C function of two int64, what is exchanged and how many rows.
+    """
+
+    first_token: int
+    num_tokens: int
+    ranges: np.ndarray
+    sums: np.ndarray
+    exchange: int
+
+
 class Team(NamedTuple):
     """A thread, and how many there are."""
 

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from stallfree.cache import atomic_file, cache_folder, temporary_prefix, writing_to
 from stallfree.errors import ModelError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _CHUNK_BYTES = 1 << 22
 _LOCK_TIMEOUT_S = 600.0
@@ -165,6 +166,9 @@ def _chunks(parts: list[Path]) -> Iterator[bytes]:
 
 def _progress() -> Progress:
     """A bar on a terminal, one line elsewhere; on standard error."""
+    from rich.console import Console  # slow to import
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

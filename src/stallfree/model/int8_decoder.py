@@ -13,25 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from stallfree.kernels import attention, layers, shapes
+from stallfree.kernels import attention, layers, phases, shapes
 from stallfree.kernels.int8_matmul import PANEL, ROWS, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
 from stallfree.model.int8_loader import HALF, Int8Loader
-from stallfree.model.layer_weights import (
-    embedding,
-    final_norm,
-    head,
-)
+from stallfree.model.int8_shares import Int8Shares
+from stallfree.model.layer_weights import embedding, final_norm, head
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.part import ModelPart, whole
+from stallfree.model.peers import Alone, Peers
 from stallfree.model.rope import Rope
 from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
 
-_GATES = {"silu": layers.GATE_SILU, "gelu_pytorch_tanh": layers.GATE_GELU}
+_GATES = {"silu": phases.GATE_SILU, "gelu_pytorch_tanh": phases.GATE_GELU}
 _FIRST_ROWS = 64  # that scratch memory is made for
 
 
@@ -69,6 +67,7 @@ class Int8Decoder:
         threads: that run it.
         kv_dtype: of the KV cache, float32 or float16.
         part: that is loaded and run.
+        peers: that have the other shares of its layers.
         on_layer: called with the index of each layer once it is loaded, for progress.
 
     Attributes:
@@ -90,26 +89,29 @@ class Int8Decoder:
         threads: int,
         kv_dtype: torch.dtype = torch.float16,
         part: ModelPart | None = None,
+        peers: Peers | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         if not is_supported():
             raise RuntimeError("the int8 kernels do not run on this machine")
         self.part = part = part or whole(config)
+        self._peers = peers or Alone()
         reader = WeightReader(config, weights, part)
-        self.config = config = part.local(config)
+        full, config = config, part.local(config)
+        self.config = config
         self.kv_dtype = kv_dtype
         self._threads = threads
         self._ropes = [Rope(config, rope, max_positions) for rope in config.ropes]
-        loader = Int8Loader(config, reader, threads)
+        loader = Int8Loader(full, part, reader, threads)
         self._table = self._head = loader.nothing()
         if part.is_first:
-            table = loader.single(embedding(config))
+            table = loader.single(embedding(full))
             self._table = table._replace(scales=table.scales * np.float32(config.embedding_scale))
-        self._layers = loader.all_layers(part.layers, on_layer)
+        self._layers = loader.all_layers(on_layer)
         if part.is_last:
             self._norm = loader.norm(final_norm(config))
             is_table = config.tie_embeddings and part.is_first
-            self._head = table if is_table else loader.single(head(config))
+            self._head = table if is_table else loader.single(head(full))
         reader.finish()
         self.num_parameters = reader.num_parameters
         self.weight_bytes = loader.num_bytes
@@ -125,6 +127,9 @@ class Int8Decoder:
             gate=_GATES[config.activation],
         )
         self._scratch = self._make_scratch(_FIRST_ROWS, 0)
+        tokens = part.rows(head(full), full)
+        self._num_logits = tokens.stop - tokens.start
+        self._shares = Int8Shares(tokens) if part.tp_size > 1 else None
         self._logits = np.empty((0, 0), dtype=np.float32)
 
     @property
@@ -136,12 +141,17 @@ class Int8Decoder:
         return config.num_layers * config.num_kv_heads * width * size
 
     def compile(self) -> None:
-        """Make the machine code of the kernels, or read it from the cache: nothing waits later."""
+        """Make the machine code of the kernels, or read it from the cache: nothing waits later.
+
+        Nothing is exchanged with peers, which may be waiting for what is made here.
+        """
         cache = self.make_cache(1, LANES)
         hidden = None if self.part.is_first else self.new_hidden(1).zero_()
+        peers, self._peers = self._peers, Alone()
         hidden = self.forward(ModelInput([0], [Rows(0, 0, 1, [0])]), cache, hidden)
         if self.part.is_last:
             self.logits(hidden)
+        self._peers = peers
 
     def make_cache(self, num_blocks: int, block_size: int) -> Int8KVCache:
         """A KV cache for this model."""
@@ -172,7 +182,10 @@ class Int8Decoder:
         states = self._scratch.hidden[: rows * self._shape.width]
         if hidden is not None:
             states[:] = hidden.reshape(-1).numpy()
-        layers.run(self._threads, self._table, self._layers, job)
+        if self._shares is None:
+            layers.run(self._threads, self._table, self._layers, job)
+        else:
+            self._shares.run(self._threads, self._table, self._layers, job, self._peers)
         return torch.from_numpy(states.reshape(rows, self._shape.width))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -196,7 +209,8 @@ class Int8Decoder:
                 out[some],
                 self._scratch,
             )
-        return torch.from_numpy(out)[:, : self.config.vocab_size]
+        logits = self._peers.concat(torch.from_numpy(out)[:, : self._num_logits])
+        return logits[:, : self.config.vocab_size]
 
     def _plan(self, batch: ModelInput, block_size: int) -> tuple[shapes.Work, int]:
         """The batch as arrays, and how many splits are computed on their own."""

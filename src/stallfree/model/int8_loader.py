@@ -13,24 +13,44 @@ from stallfree.kernels.int8_matmul import MAX_INPUTS, PANEL, column_sums_of, pac
 from stallfree.kernels.ir import LANES
 from stallfree.model.config import ModelConfig
 from stallfree.model.layer_weights import NormWeights, Projection, layer_weights
+from stallfree.model.part import ModelPart
 from stallfree.model.weight_reader import WeightReader
 
 HALF = PANEL // 2  # outputs of the gate in a panel, beside as many of up
 
 
 class Int8Loader:
-    """Weights from a reader to the arrays of the kernels."""
+    """Weights from a reader to the arrays of the kernels.
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, threads: int) -> None:
-        self._config, self._reader, self._threads = config, reader, threads
+    Args:
+        config: of the whole model.
+        part: that is loaded.
+        reader: of that part.
+        threads: that help.
+
+    Raises:
+        UnsupportedModelError: a matrix is so wide that sums might not fit in 32 bits.
+    """
+
+    def __init__(
+        self, config: ModelConfig, part: ModelPart, reader: WeightReader, threads: int
+    ) -> None:
+        self._config, self._part, self._reader = config, part, reader
+        self._threads = threads
         self._width = padded(config.hidden_size, PANEL)
         self.num_bytes = 0
+        heads = config.num_heads * config.head_dim
+        inputs = max(self._width, padded(heads, LANES), padded(config.intermediate_size, HALF))
+        if inputs > MAX_INPUTS:
+            raise UnsupportedModelError(
+                f"a matrix has {inputs:,} inputs; int8 sums of more than {MAX_INPUTS:,} are not "
+                "exact: use --dtype float32"
+            )
 
     def single(self, matrix: Projection) -> shapes.Product:
         """The embedding or the output layer."""
-        made = self._empty(1, matrix.outputs, self._width, has_bias=False)
-        shape = (matrix.outputs, matrix.inputs)
-        values, scales = self._reader.int8(f"{matrix.name}.weight", shape)
+        values, scales = self._reader.int8(matrix)
+        made = self._empty(1, len(values), self._width, has_bias=False)
         self._put(made, 0, values, scales)
         return shapes.Product(*(array[0] for array in made))
 
@@ -51,9 +71,9 @@ class Int8Loader:
         self.num_bytes += weight.nbytes
         return np.asarray(weight if of_heads else _pad(weight, self._width))
 
-    def all_layers(self, indices: range, on_layer: Callable[[int], None] | None) -> shapes.Layers:
-        """The layers of these indices in the whole model."""
-        config = self._config
+    def all_layers(self, on_layer: Callable[[int], None] | None) -> shapes.Layers:
+        """The layers of the part; `on_layer` is called with the index of each in the model."""
+        config = self._part.local(self._config)
         heads = config.num_heads * config.head_dim
         kv_heads = 2 * config.num_kv_heads * config.head_dim
         inner, count = padded(config.intermediate_size, HALF), config.num_layers
@@ -62,8 +82,8 @@ class Int8Loader:
         gate_up = self._empty(count, 2 * inner, self._width, config.mlp_bias)
         down = self._empty(count, config.hidden_size, inner, config.mlp_bias)
         norms: dict[str, list[np.ndarray]] = {}
-        for layer, index in enumerate(indices):
-            weights = layer_weights(config, index)
+        for layer, index in enumerate(self._part.layers):
+            weights = layer_weights(self._config, index)
             mlp = weights.mlps[0]
             for name in ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"):
                 norms.setdefault(name, []).append(self.norm(getattr(weights, name)))
@@ -86,11 +106,6 @@ class Int8Loader:
         )
 
     def _empty(self, count: int, outputs: int, inputs: int, has_bias: bool) -> shapes.Product:
-        if inputs > MAX_INPUTS:
-            raise UnsupportedModelError(
-                f"a matrix has {inputs:,} inputs; int8 sums of more than {MAX_INPUTS:,} are not "
-                "exact: use --dtype float32"
-            )
         outputs = padded(outputs, PANEL)
         weights = torch.empty((count, outputs // PANEL, inputs * PANEL), dtype=torch.int8)
         self.num_bytes += weights.nbytes + count * outputs * 8
@@ -109,13 +124,11 @@ class Int8Loader:
         arrange: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
     ) -> None:
         """Read the projections of one layer's product; `arrange` makes one tensor of theirs."""
-        read = [
-            self._reader.int8(f"{each.name}.weight", (each.outputs, each.inputs))
-            for each in projections
-        ]
+        read = [self._reader.int8(each) for each in projections]
         bias = None
         if projections[0].has_bias:
-            bias = arrange([self._reader.bias(each).float() for each in projections])
+            biases = [self._reader.bias(each, of_sums=True) for each in projections]
+            bias = arrange([each.float() for each in biases])
         values, scales = (arrange([each[i] for each in read]) for i in (0, 1))
         self._put(product, layer, values, scales, bias)
 

@@ -17,7 +17,7 @@ class Split(enum.Enum):
     NONE = "each has all of it"
     OUTPUTS = "each has some of the outputs"
     KEYS = "each has the outputs of some key heads, of which several may have the same"
-    INPUTS = "each has some of the inputs, and so a part of every sum; one has the bias"
+    INPUTS = "each has some of the inputs, and so a part of every sum"
     VOCABULARY = "each has some of the outputs, the last fewer"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
@@ -13,10 +14,12 @@ from stallfree.cache import cache_folder
 from stallfree.errors import ModelError
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
-from stallfree.model.int8_decoder import Int8Decoder
 from stallfree.model.part import ModelPart
 from stallfree.model.peers import Peers
 from stallfree.model.weights import WeightSource
+
+if TYPE_CHECKING:  # its compiler is slow to import, and processes that compute in floats need none
+    from stallfree.model.int8_decoder import Int8Decoder
 
 _COMPILE_TIMEOUT_S = 900.0
 
@@ -85,7 +88,7 @@ def load_decoder(
         weights: of the whole model; for int8, those of `int8_cache`.
         computation: how it runs.
         part: None for all.
-        peers: that have the other shares of its layers; in floats only.
+        peers: that have the other shares of its layers.
         on_layer: called with the index of each layer once it is loaded, for progress.
 
     Raises:
@@ -103,6 +106,8 @@ def load_decoder(
             peers=peers,
             on_layer=on_layer,
         )
+    from stallfree.model.int8_decoder import Int8Decoder
+
     return Int8Decoder(
         config,
         weights,
@@ -110,6 +115,7 @@ def load_decoder(
         threads=computation.threads,
         kv_dtype=arithmetic.kv_dtype,
         part=part,
+        peers=peers,
         on_layer=on_layer,
     )
 
@@ -119,7 +125,7 @@ def compile_kernels(decoder: Decoder | Int8Decoder) -> None:
 
     It is kept on disk, so of processes that start together one compiles and the others wait.
     """
-    if not isinstance(decoder, Int8Decoder):
+    if isinstance(decoder, Decoder):
         return
     with ExitStack() as stack:
         with suppress(OSError, NotImplementedError, ModelError, Timeout):  # each for itself then

@@ -1,4 +1,4 @@
-"""Adding up what the processes of one stage computed: tensor parallelism's collectives.
+"""Joining what the processes of one stage computed: tensor parallelism's collectives.
 
 A layer's first matrices are split by outputs and its last by inputs, so each process has a part of
 every sum (Megatron-LM, arXiv 1909.08053).
@@ -38,6 +38,10 @@ class Peers(Protocol):
         """The sum of what all of them give, of any shape; `x` may be overwritten."""
         ...
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of what all of them give, number by number; `x` may be overwritten."""
+        ...
+
     def concat(self, x: torch.Tensor) -> torch.Tensor:
         """What all of them give, (R, n) each, side by side: (R, size * n)."""
         ...
@@ -47,6 +51,10 @@ class Alone:
     """One process for all of a layer."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor itself."""
+        return x
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor itself."""
         return x
 
@@ -67,10 +75,11 @@ class GroupPeers:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Peers`."""
-        x = x.contiguous()
-        with contact():
-            dist.all_reduce(x, group=self._group)
-        return x
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Peers`."""
+        return self._reduce(x, dist.ReduceOp.MAX)
 
     def concat(self, x: torch.Tensor) -> torch.Tensor:
         """See `Peers`."""
@@ -79,3 +88,9 @@ class GroupPeers:
         with contact():
             dist.all_gather(parts, x, group=self._group)
         return torch.cat(parts, dim=-1)
+
+    def _reduce(self, x: torch.Tensor, operation: Any) -> torch.Tensor:
+        x = x.contiguous()
+        with contact():
+            dist.all_reduce(x, operation, group=self._group)
+        return x

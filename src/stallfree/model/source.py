@@ -13,7 +13,6 @@ from typing import Any
 
 from stallfree.errors import ConfigError, ModelError, UnsupportedModelError
 from stallfree.model import demo, hub
-from stallfree.model.gguf import GgufWeights
 from stallfree.model.weights import SafetensorsWeights, WeightSource, read_json
 
 
@@ -76,6 +75,8 @@ def _open_embedded(model: demo.EmbeddedModel, revision: str | None) -> ModelSour
 
 
 def _open_gguf(path: Path, name: str | None = None) -> ModelSource:
+    from stallfree.model.gguf import GgufWeights  # slow to import
+
     weights = GgufWeights(path)
     return ModelSource(name or path.stem, path, weights.hf_config, weights.end_token_ids, weights)
 

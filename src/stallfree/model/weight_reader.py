@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from stallfree.errors import WeightFileError
 from stallfree.model.config import ModelConfig
@@ -41,23 +40,23 @@ class WeightReader:
         Raises:
             WeightFileError: there is none, or it has another shape or type.
         """
-        whole = self._rows(projection, f"{projection.name}.weight", (projection.inputs,))
-        if self._part.tp_size == 1:
-            return whole
-        rows, columns = self._part.rows(projection, self._config), self._part.columns(projection)
-        share = whole[rows, columns].clone()  # so that nothing keeps the rest in memory
-        if projection.split is Split.VOCABULARY:
-            share = F.pad(share, (0, 0, 0, rows.stop - rows.start - len(share)))
-        return share
+        return self._share(
+            projection, self._rows(projection, f"{projection.name}.weight", (projection.inputs,))
+        )
 
-    def bias(self, projection: Projection) -> torch.Tensor:
+    def bias(self, projection: Projection, *, of_sums: bool = False) -> torch.Tensor:
         """The part's share of the bias (outputs,) of a projection that has one.
+
+        Args:
+            projection: whose bias.
+            of_sums: where the inputs are split, each share gets the bias, which it adds to the sums
+                of all; otherwise one gets it, which adds it to its part of them.
 
         Raises:
             WeightFileError: as above.
         """
         whole = self._rows(projection, f"{projection.name}.bias", ())
-        if projection.split is Split.INPUTS and self._part.tp_rank > 0:
+        if projection.split is Split.INPUTS and self._part.tp_rank > 0 and not of_sums:
             return torch.zeros_like(whole)
         return whole[self._part.rows(projection, self._config)]
 
@@ -72,18 +71,20 @@ class WeightReader:
             raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
         return tensor
 
-    def int8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight in int8, and the scales float32 (out,) of its rows.
+    def int8(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part's share of a matrix in int8, and the scales float32 (outputs,) of its outputs.
 
         Raises:
             WeightFileError: as above.
         """
-        values = self._read(name, shape)
+        name = f"{projection.name}.weight"
+        values = self._read(name, (projection.outputs, projection.inputs))
         if values.dtype != torch.int8:
             raise WeightFileError(f"weight {name} is of type {values.dtype}, not int8")
         scales = self._weights.tensor(name + SCALES)
         self._read_names.add(name + SCALES)
-        return values, _checked(name + SCALES, scales, shape[:1])
+        scales = _checked(name + SCALES, scales, (projection.outputs,))
+        return self._share(projection, values), self._share(projection, scales)
 
     def finish(self) -> None:
         """Refuse weights that the architecture has no place for: answers would be wrong.
@@ -106,6 +107,19 @@ class WeightReader:
                 f"{self._config.architecture} as configured has no weight {unread[0]} "
                 f"(nor {len(unread) - 1} others that are in the files)"
             )
+
+    def _share(self, projection: Projection, whole: torch.Tensor) -> torch.Tensor:
+        """The part's share of a matrix, or of what each of its outputs has one of."""
+        if self._part.tp_size == 1:
+            return whole
+        rows = self._part.rows(projection, self._config)
+        share = whole[rows]
+        if whole.dim() == 2:
+            share = share[:, self._part.columns(projection)]
+        if projection.split is Split.VOCABULARY:
+            missing = rows.stop - rows.start - len(share)
+            return torch.cat([share, share.new_zeros((missing, *share.shape[1:]))])
+        return share.clone()  # so that nothing keeps the rest in memory
 
     def _rows(self, projection: Projection, name: str, inputs: tuple[int, ...]) -> torch.Tensor:
         """The rows of a projection in the tensor that holds it."""
