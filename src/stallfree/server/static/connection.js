@@ -40,7 +40,7 @@ export class Connection {
         feedWatchdog();
         if (this.abort !== abort) return;
         const message = JSON.parse(data);
-        this.onMessage(message);
+        this.hand(message);
         if (message.type === "snapshot") {
           this.attempts = 0;
           this.onState({ name: "live" });
@@ -58,6 +58,15 @@ export class Connection {
       clearTimeout(watchdog);
     }
     if (this.abort === abort) this.retry(reason, wait);
+  }
+
+  /** A fault of the page is not one of the connection. */
+  hand(message) {
+    try {
+      this.onMessage(message);
+    } catch (error) {
+      reportError(error);
+    }
   }
 
   retry(reason, wait) {

@@ -48,11 +48,13 @@ function take(message) {
   document.body.dataset.status = message.status;
   find("empty").hidden = store.rows.size > 0 || store.iterations.count > 0;
   if (store.lost) find("lost").textContent = `${count(store.lost)} records lost: this page was too slow`;
-  invalidate();
+  if (pausedAt === null) invalidate();
+  else showBehind();
 }
 
 function begin(settings) {
   pausedAt = null;
+  requests.thaw();
   showPause();
   const budget = settings.token_budget ? `budget ${count(settings.token_budget)} tokens` : "no budget";
   const target = settings.tbt_slo_s ? `target ${duration(settings.tbt_slo_s)}` : budget;
@@ -94,8 +96,7 @@ function draw() {
   isFrameAsked = false;
   dueAt = Infinity;
   const end = pausedAt ?? store.now() - LAG_S;
-  const { width } = requests.surface;
-  const axis = new TimeAxis(end, span, gutterOf(width), width - 10);
+  const axis = axisAt(end);
   const cursor = inspector.cursor(axis);
   requests.draw(axis, colors, cursor);
   iterations.draw(axis, colors, cursor);
@@ -115,9 +116,6 @@ function drawNumbers(end) {
   find("sentence").textContent = tiles.sentence(over);
   playground.draw(colors);
   table.draw();
-  if (pausedAt !== null) {
-    find("paused").textContent = `paused, ${duration(Math.max(0, store.now() - pausedAt))} behind`;
-  }
 }
 
 setInterval(() => {
@@ -129,6 +127,8 @@ setInterval(() => {
 
 function setPaused(isPaused) {
   pausedAt = isPaused ? store.now() - LAG_S : null;
+  if (isPaused) requests.freeze(axisAt(pausedAt));
+  else requests.thaw();
   showPause();
   numbersAt = -Infinity;
   invalidate();
@@ -139,7 +139,17 @@ function showPause() {
   find("pause").setAttribute("aria-pressed", String(isPaused));
   find("pause").textContent = isPaused ? "Resume" : "Pause";
   find("paused").hidden = !isPaused;
-  find("paused").textContent = "paused";
+  if (isPaused) showBehind();
+}
+
+function showBehind() {
+  const behind = Math.max(0, store.now() - pausedAt);
+  find("paused").textContent = `paused, ${Math.round(behind)} s behind`;
+}
+
+function axisAt(end) {
+  const { width } = requests.surface;
+  return new TimeAxis(end, span, gutterOf(width), width - 10);
 }
 
 function setSpan(seconds) {
@@ -176,7 +186,7 @@ function show(state) {
   };
   find("connection").textContent = words[state.name];
   find("connection").dataset.state = state.name;
-  find("again").hidden = state.name !== "lost";
+  find("again").hidden = state.name !== "lost" && state.name !== "locked";
   find("forget").hidden = key.get() === null;
   if (state.name === "locked" && !find("ask").open) {
     find("ask-wrong").hidden = key.get() === null;

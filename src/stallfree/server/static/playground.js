@@ -164,13 +164,15 @@ class Lane {
     const context = this.strip.clear(colors.panel);
     const { width, height } = this.strip;
     const limit = this.playground.limit();
-    const most = Math.max(limit * 1.5, ...this.gaps);
+    const longest = Math.max(0.02, ...this.gaps);
+    const most = Math.max(longest * 1.15, limit < longest * 4 ? limit * 1.1 : 0);
     const step = width / GAPS;
     this.gaps.forEach((gap, place) => {
       const tall = Math.max(1, (height * gap) / most);
       context.fillStyle = gap > limit ? colors.stall : colors.decode;
       context.fillRect(place * step, height - tall, Math.max(1, step - 0.6), tall);
     });
+    if (!this.gaps.length || limit > most) return;
     context.fillStyle = colors.target;
     context.fillRect(0, Math.round(height - (height * limit) / most), width, 1);
   }

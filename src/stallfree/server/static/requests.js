@@ -5,8 +5,8 @@ import { count, duration, plural, shortId } from "./format.js";
 
 const TOP = 6;
 const AXIS = 22;
-const MIN_ROW = 6;
-const MAX_ROW = 24;
+const HEIGHTS = [24, 18, 14, 11, 9, 7, 6]; // of rows: few sizes, so that they seldom change
+const FEWEST_GONE = 4; // ended requests that are shown however many run
 const FADE_S = 20; // after which an ended request is gone
 const MARKS = { stop: "done", length: "done", abort: "left", error: "failed" };
 export const TIER_MARKS = { priority: "▲", default: "●", flex: "◇" };
@@ -19,18 +19,30 @@ export class RequestsView {
     this.surface = surface;
     this.store = store;
     this.shown = []; // rows with their places, from top to bottom
+    this.frozen = null; // the rows and what was said of them, while the picture stands still
   }
 
-  /** Rows to show at the end of the axis: those that live, then those that ended lately. */
+  /** Keep the rows where they are, whatever becomes of them. */
+  freeze(axis) {
+    const { live, gone } = this.rowsAt(axis);
+    const said = new Map([...live, ...gone].map((row) => [row, progress(row)]));
+    this.frozen = { live, gone, said };
+  }
+
+  thaw() {
+    this.frozen = null;
+  }
+
+  /** What to show at the end of the axis: rows that live, and those that ended lately. */
   rowsAt(axis) {
     const live = [...this.store.rows.values()].filter((row) => row.at <= axis.end);
     const running = live.filter((row) => row.state !== "waiting" || row.chunks.length);
     const waiting = live.filter((row) => row.state === "waiting" && !row.chunks.length);
-    // Seen from a moment in the past, those that ended after it still ran.
     const gone = this.store.ended.filter(
-      (row) => row.at <= axis.end && row.ended > axis.start && row.ended > axis.end - FADE_S,
+      (row) => row.at <= axis.end && row.ended > axis.end - FADE_S,
     );
-    return [running.concat(waiting), gone];
+    const room = Math.floor((this.surface.height - TOP - AXIS) / 14) - live.length;
+    return { live: running.concat(waiting), gone: gone.slice(0, Math.max(FEWEST_GONE, room)) };
   }
 
   draw(axis, colors, cursor) {
@@ -38,11 +50,11 @@ export class RequestsView {
     const context = surface.clear(colors.panel);
     const bottom = surface.height - AXIS;
     axis.draw(context, TOP, bottom, colors);
-    const [live, gone] = this.rowsAt(axis);
+    const { live, gone } = this.frozen ?? this.rowsAt(axis);
     const room = bottom - TOP;
     const divider = gone.length && live.length ? 8 : 0;
     const wanted = (room - divider) / Math.max(1, live.length + gone.length);
-    const height = Math.max(MIN_ROW, Math.min(MAX_ROW, Math.floor(wanted)));
+    const height = HEIGHTS.find((each) => each <= wanted) ?? HEIGHTS[HEIGHTS.length - 1];
     const most = Math.floor((room - divider) / height);
     const rows = live.concat(gone).slice(0, most);
     this.shown = rows.map((row, place) => ({
@@ -114,9 +126,8 @@ export class RequestsView {
       last = time;
     }
     flush();
-    if (last !== null && row.ended === null && last === row.tokens.last && end - last > limit) {
-      stall(last, end); // it lasts
-    }
+    const isOpen = row.ended === null || row.ended > axis.end;
+    if (last !== null && isOpen && end - last > limit) stall(last, end); // it lasts
     if (row.reason === "error" || row.reason === "abort") {
       bar(row.ended, row.ended + 2 / axis.scale, height - 1, colors.text);
     }
@@ -139,7 +150,7 @@ export class RequestsView {
       context.fillText(`${TIER_MARKS[row.tier]} ${shortId(row.id)}`, narrow ? 4 : 14, middle);
       if (!narrow) {
         context.textAlign = "right";
-        context.fillText(progress(row), axis.left - 10, middle);
+        context.fillText(this.frozen?.said.get(row) ?? progress(row), axis.left - 10, middle);
       }
     }
     if (row === chosen) {

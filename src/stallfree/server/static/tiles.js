@@ -72,8 +72,9 @@ export class Tiles {
     const span = Math.max(1, Math.min(end - start, end - from));
     this.set("rate", rate(total.outputs / span));
     this.set("rate-read", `${rate(total.read / span)} prompt tokens/s`);
-    const error = total.predicted ? `, ${percent(total.error / total.predicted)} mispredicted` : "";
-    this.set("rate-iterations", `${rate(total.iterations / span)} iterations/s${error}`);
+    this.set("rate-iterations", `${rate(total.iterations / span)} iterations/s`);
+    const error = total.predicted ? percent(total.error / total.predicted) : null;
+    this.set("rate-error", error === null ? "" : `predicted to ±${error}`);
     const bins = new Array(POINTS).fill(0);
     this.each(start, end, (each) => {
       bins[Math.min(POINTS - 1, Math.floor(((each.end - start) / (end - start)) * POINTS))] += each.outputs;
