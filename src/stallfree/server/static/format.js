@@ -40,10 +40,14 @@ export function shortId(id) {
   return body.slice(0, 6) + (place ? `·${prompt ?? 0}/${completion ?? 0}` : "");
 }
 
-/** The next "round" number at or above one: 1, 2 or 5 and zeros. */
-export function roundUp(number) {
+/** The next "round" number at or above one: one of `steps`, and zeros. */
+export function roundUp(number, steps = [1, 2, 5, 10]) {
   if (!(number > 0)) return 1;
   const unit = 10 ** Math.floor(Math.log10(number));
-  const step = [1, 2, 5, 10].find((each) => number <= each * unit * 1.0000001);
-  return step * unit;
+  return steps.find((each) => number <= each * unit * 1.0000001) * unit;
+}
+
+/** The top of a scale that holds a number. */
+export function scaleTop(number) {
+  return roundUp(number, [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]);
 }

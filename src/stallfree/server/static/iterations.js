@@ -1,11 +1,12 @@
 // The timeline of iterations: what each held, and below it how long it was to take and took.
 
 import { fontOf } from "./canvas.js";
-import { count, duration, percent, roundUp } from "./format.js";
+import { count, duration, percent, scaleTop } from "./format.js";
 
 const TOP = 8;
 const AXIS = 22;
 const BETWEEN = 22;
+const MOST_SLOS = 2.5; // so many times the target are in the picture; what takes longer is cut off
 
 export class IterationsView {
   constructor(surface, store) {
@@ -31,15 +32,16 @@ export class IterationsView {
     const [first, stop] = this.inSight(axis);
     let mostTokens = 0;
     let mostBudget = 0;
-    let longest = store.settings?.tbt_slo_s ?? 0;
+    let longest = store.settings?.tbt_slo_s ?? 0.001;
     for (let n = first; n < stop; n++) {
       const each = store.iterations.at(n);
       mostTokens = Math.max(mostTokens, each.tokens);
       mostBudget = Math.max(mostBudget, each.budget ?? 0);
       longest = Math.max(longest, each.end - each.start, each.predicted ?? 0);
     }
-    const tokenTop = roundUp(Math.max(1, mostTokens * 1.15, Math.min(mostBudget * 1.1, mostTokens * 3)));
-    const secondTop = roundUp(longest * 1.1);
+    const slo = store.settings?.tbt_slo_s ?? Infinity;
+    const tokenTop = scaleTop(Math.max(1, mostTokens * 1.1, Math.min(mostBudget * 1.1, mostTokens * 3)));
+    const secondTop = scaleTop(Math.min(longest * 1.05, slo * MOST_SLOS));
     const tokens = { top: TOP, bottom: split - BETWEEN / 2, most: tokenTop };
     const seconds = { top: split + BETWEEN / 2, bottom, most: secondTop };
     this.drawScale(context, axis, colors, tokens, "tokens", count);

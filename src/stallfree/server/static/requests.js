@@ -7,6 +7,7 @@ const TOP = 6;
 const AXIS = 22;
 const HEIGHTS = [24, 18, 14, 11, 9, 7, 6]; // of rows: few sizes, so that they seldom change
 const FEWEST_GONE = 4; // ended requests that are shown however many run
+const BAND = 0.6; // how strong a band of ticks is, beside a tick
 const FADE_S = 20; // after which an ended request is gone
 const MARKS = { stop: "done", length: "done", abort: "left", error: "failed" };
 export const TIER_MARKS = { priority: "▲", default: "●", flex: "◇" };
@@ -103,13 +104,15 @@ export class RequestsView {
     const limit = this.store.limit(row.target);
     const stall = (from, to) => bar(from, to, height - (height > 9 ? 3 : 1), colors.stall, 0.9);
     const first = Math.max(0, row.tokens.place(axis.start) - 1);
-    // Ticks that are too close to be told apart are drawn as one bar.
+    // Ticks that are too close to be told apart become one band.
     const tick = Math.max(1, Math.min(2, axis.scale * 0.01));
-    const near = (tick + 0.6) / axis.scale;
+    const near = (tick + 0.8) / axis.scale;
     let from = null;
     let last = null;
     const flush = () => {
-      if (from !== null) bar(from, last + tick / axis.scale, inner, colors.decode);
+      if (from === null) return;
+      const isBand = last - from > near;
+      bar(from, last + tick / axis.scale, inner, colors.decode, isBand ? BAND : 1);
     };
     for (let place = first; place < length; place++) {
       const time = values[place];
@@ -216,7 +219,7 @@ export class RequestsView {
 
 /** How visible a request is so many seconds after its end. */
 function fade(ago) {
-  return Math.max(0.12, 0.75 * (1 - ago / FADE_S));
+  return Math.max(0.1, 0.6 * (1 - ago / FADE_S));
 }
 
 function progress(row) {
