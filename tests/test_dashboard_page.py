@@ -15,7 +15,17 @@ from server_fixtures import MODEL, RunningServer, serve, tiny_engine
 
 pytest.importorskip("playwright")
 
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
+
+expect.set_options(timeout=10_000)
 
 KEY = "a-very-secret-key"
 CONTEXT = 8192
@@ -50,9 +60,13 @@ FIND_NAMELESS = """
 () => [...document.querySelectorAll("button, select, textarea, input, canvas, a, summary, [role]")]
   .filter((each) => each.getAttribute("aria-hidden") !== "true")
   .filter((each) => {
-    const labels = [...(each.labels ?? [])].map((label) => label.textContent).join("");
+    const own = each.labels ? "" : each.textContent;
+    const labels = [...(each.labels ?? [])]
+      .flatMap((label) => [...label.childNodes])
+      .map((node) => (node === each ? "" : node.textContent))
+      .join("");
     const by = document.getElementById(each.getAttribute("aria-labelledby"))?.textContent;
-    const names = [each.getAttribute("aria-label"), by, labels, each.textContent];
+    const names = [each.getAttribute("aria-label"), by, labels, own];
     const may = ["status", "tooltip", "alert"].includes(each.getAttribute("role"));
     return !may && !names.some((name) => name && name.trim());
   })
@@ -93,6 +107,7 @@ def browser() -> Iterator[Browser]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     engine = tiny_engine(tmp_path_factory.mktemp("page"), CONTEXT, dtype="float32")
     engine.executor = Slow(engine, PACE_S)
+    engine.end_token_ids = frozenset()  # no answer ends by chance
     with serve(engine) as running:
         yield running
 
@@ -105,7 +120,12 @@ def opened(browser: Browser, url: str, size: Size = DESK, **context: Any) -> Ite
         page = own.new_page()
         page.set_default_timeout(10_000)
         troubles: list[str] = []
-        page.on("console", lambda m: troubles.append(m.text) if m.type != "log" else None)
+
+        def note(message: ConsoleMessage) -> None:
+            if message.type != "log":
+                troubles.append(message.text)
+
+        page.on("console", note)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.goto(f"{url}/dashboard")
         yield page
@@ -123,7 +143,7 @@ def load(server: RunningServer, num_requests: int, **fields: Any) -> Iterator[No
         body = {
             "model": MODEL,
             "prompt": "alpha beta gamma",
-            "max_tokens": 4000,
+            "max_tokens": 1500,
             "ignore_eos": True,
             "stream": True,
             **fields,
@@ -150,14 +170,16 @@ def load(server: RunningServer, num_requests: int, **fields: Any) -> Iterator[No
             thread.join()
 
 
-def part(page: Page, name: str) -> Any:
+def part(page: Page, name: str) -> Locator:
     return page.locator(f"[data-part='{name}']")
 
 
 def wait_for_pixels(page: Page, canvas: str, color: str, least: int) -> None:
-    page.wait_for_function(
-        f"([id, name, least]) => ({COUNT_PIXELS})([id, name]) >= least", arg=[canvas, color, least]
-    )
+    for _ in range(100):
+        if page.evaluate(COUNT_PIXELS, [canvas, color]) >= least:
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{canvas} never had {least} pixels of {color}")
 
 
 def picture(page: Page) -> str:
@@ -243,9 +265,8 @@ def test_it_pauses_and_goes_on(browser: Browser, server: RunningServer) -> None:
         assert picture(page) == before
         page.locator("#pause").click()
         expect(page.locator("#paused")).to_be_hidden()
-        page.wait_for_function(
-            "before => document.getElementById('requests').toDataURL() !== before", arg=before
-        )
+        page.wait_for_timeout(700)
+        assert picture(page) != before
 
 
 def test_what_is_under_pointer_and_cursor_is_told(browser: Browser, server: RunningServer) -> None:
@@ -253,7 +274,7 @@ def test_what_is_under_pointer_and_cursor_is_told(browser: Browser, server: Runn
         page.locator("#span").select_option("5")
         wait_for_pixels(page, "iterations", "--decode", 1000)
         page.locator("#iterations").hover(position={"x": 1300, "y": 60})
-        expect(page.locator("#tip")).to_contain_text(re.compile("iteration of .*1 decodes"))
+        expect(page.locator("#tip")).to_contain_text(re.compile("iteration of .*1 decode,"))
         page.locator("#requests").hover(position={"x": 1300, "y": 16})
         expect(page.locator("#tip")).to_contain_text("token after")
         page.mouse.move(5, 5)
@@ -265,10 +286,10 @@ def test_what_is_under_pointer_and_cursor_is_told(browser: Browser, server: Runn
         expect(page.locator("#spoken")).to_contain_text("s ago")
         page.locator("#iterations").focus()
         page.keyboard.press("End")
-        first = page.locator("#tip").inner_text()
-        assert first.startswith("iteration of")
+        expect(page.locator("#tip")).to_contain_text("iteration of")
+        left = page.locator("#tip").evaluate("(tip) => tip.style.left")
         page.keyboard.press("Shift+ArrowLeft")
-        expect(page.locator("#tip")).not_to_have_text(first)
+        expect(page.locator("#tip")).not_to_have_css("left", left)
         page.keyboard.press("Escape")
         expect(page.locator("#tip")).to_be_hidden()
 
@@ -278,8 +299,8 @@ def test_the_keyboard_zooms(browser: Browser, server: RunningServer) -> None:
         expect(page.locator("#connection")).to_have_text("live")
         page.keyboard.press("-")
         expect(page.locator("#span")).to_have_value("60")
-        page.keyboard.press("+")
-        page.keyboard.press("+")
+        page.keyboard.press("=")
+        page.keyboard.press("=")
         expect(page.locator("#span")).to_have_value("10")
         page.locator("#zoom-out").click()
         expect(page.locator("#span")).to_have_value("30")
@@ -315,6 +336,7 @@ def test_two_chats_go_on_while_a_long_prompt_is_read(
 ) -> None:
     with opened(browser, server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
+        page.locator("#most-tokens").select_option("512")
         lanes = page.locator("form.lane")
         first, second, long = (lanes.nth(place) for place in range(3))
         page.locator("#both").click()
@@ -394,17 +416,16 @@ def test_everything_has_a_name_and_is_reached_in_order(
         expect(page.locator("#connection")).to_have_text("live")
         assert page.evaluate(FIND_NAMELESS) == []
         order = []
-        for _ in range(12):
+        for _ in range(14):
             page.keyboard.press("Tab")
             order.append(
                 page.evaluate("document.activeElement.id || document.activeElement.tagName")
             )
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-            assert outline != "none" or order[-1] == "A", order[-1]
+            assert outline != "none", order[-1]
         controls = ["pause", "zoom-in", "span", "zoom-out", "over", "rule", "theme"]
         assert order[:9] == ["A", *controls, "requests"]
         assert "iterations" in order
-        page.keyboard.press("Escape")
         headings = page.locator("h1, h2").all_inner_texts()
         assert headings[0] == "stallfree"
         assert {"Requests", "Iterations", "Playground"} <= set(headings)

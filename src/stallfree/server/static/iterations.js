@@ -1,7 +1,7 @@
 // The timeline of iterations: what each held, and below it how long it was to take and took.
 
 import { fontOf } from "./canvas.js";
-import { count, duration, percent, scaleTop } from "./format.js";
+import { count, duration, percent, plural, scaleTop } from "./format.js";
 
 const TOP = 8;
 const AXIS = 22;
@@ -170,7 +170,7 @@ export class IterationsView {
     const [priority, standard, flex] = iteration.waiting;
     const waiting = priority + standard + flex;
     const lines = [
-      `${count(iteration.decodes.length)} decodes, ${count(iteration.read)} prompt tokens`,
+      `${plural(iteration.decodes.length, "decode")}, ${plural(iteration.read, "prompt token")}`,
       iteration.budget === null ? "no budget" : `budget ${count(iteration.budget)} tokens`,
     ];
     if (iteration.predicted !== null) {
