@@ -37,19 +37,31 @@ Size = tuple[int, int]
 DESK: Size = (1440, 900)
 PHONE: Size = (360, 740)
 
-# How many pixels of a canvas have nearly the color of a variable of the theme.
+# How many pixels of a canvas have nearly the color of a variable of the theme, or that of a band.
 COUNT_PIXELS = """
 ([id, name]) => {
-  const probe = document.createElement("canvas").getContext("2d");
-  probe.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  probe.fillRect(0, 0, 1, 1);
-  const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
   const canvas = document.getElementById(id);
-  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const copy = document.createElement("canvas");
+  copy.width = canvas.width;
+  copy.height = canvas.height;
+  const probe = copy.getContext("2d", { willReadFrequently: true });
+  const style = getComputedStyle(document.documentElement);
+  const wanted = [1, 0.6].map((alpha) => {
+    probe.fillStyle = style.getPropertyValue("--panel").trim();
+    probe.fillRect(0, 0, 1, 1);
+    probe.globalAlpha = alpha;
+    probe.fillStyle = style.getPropertyValue(name).trim();
+    probe.fillRect(0, 0, 1, 1);
+    probe.globalAlpha = 1;
+    return probe.getImageData(0, 0, 1, 1).data;
+  });
+  probe.drawImage(canvas, 0, 0);
+  const data = probe.getImageData(0, 0, canvas.width, canvas.height).data;
   let count = 0;
   for (let i = 0; i < data.length; i += 4) {
-    const far = Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b);
-    if (far < 60) count += 1;
+    const isNear = ([r, g, b]) =>
+      Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b) < 60;
+    if (wanted.some(isNear)) count += 1;
   }
   return count;
 }
@@ -60,7 +72,7 @@ FIND_NAMELESS = """
 () => [...document.querySelectorAll("button, select, textarea, input, canvas, a, summary, [role]")]
   .filter((each) => each.getAttribute("aria-hidden") !== "true")
   .filter((each) => {
-    const own = each.labels ? "" : each.textContent;
+    const own = /^(INPUT|SELECT|TEXTAREA)$/.test(each.tagName) ? "" : each.textContent;
     const labels = [...(each.labels ?? [])]
       .flatMap((label) => [...label.childNodes])
       .map((node) => (node === each ? "" : node.textContent))

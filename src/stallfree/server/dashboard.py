@@ -91,8 +91,8 @@ class Feed:
         history = self.live.history
         with self._place():
             snapshot = {"type": "snapshot", "next": history.count, **self._settings()}
-            yield event({**snapshot, "requests": self.live.live(), **self._state()})
             number = history.first
+            yield event({**snapshot, "requests": self.live.live(), **self._state()})
             silent_s = 0.0
             while True:
                 state = self._state()  # before the records, so that an end comes with all of them
