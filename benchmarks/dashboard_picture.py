@@ -44,13 +44,9 @@ class MixedLoad:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._ends = threading.Event()
-        clients = [(self._stream, (place,)) for place in range(CLIENTS)]
-        self._threads = [
-            threading.Thread(target=work, args=arguments, daemon=True)
-            for work, arguments in [*clients, (self._throw, ())]
-        ]
-        for thread in self._threads:
-            thread.start()
+        for place in range(CLIENTS):
+            threading.Thread(target=self._stream, args=(place,), daemon=True).start()
+        threading.Thread(target=self._throw, daemon=True).start()
 
     def end(self) -> None:
         """Send nothing more; what runs ends with the server."""

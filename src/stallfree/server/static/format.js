@@ -20,9 +20,10 @@ export function rate(number) {
   return number < 10 ? number.toFixed(1) : count(number);
 }
 
-/** A share of 1: "98.7 %"; only what is all of it is "100 %". */
+/** A share of 1: "98.7 %", "42 %", "0.3 %"; only what is all of it is "100 %". */
 export function percent(share) {
-  const text = (Math.floor(share * 1000) / 10).toFixed(share >= 0.9 && share < 1 ? 1 : 0);
+  const isExtreme = (share > 0 && share < 0.1) || (share >= 0.9 && share < 1);
+  const text = (Math.floor(share * 1000) / 10).toFixed(isExtreme ? 1 : 0);
   return `${text} %`;
 }
 

@@ -31,16 +31,21 @@ export class IterationsView {
     axis.draw(context, TOP, bottom, colors);
     const [first, stop] = this.inSight(axis);
     let mostTokens = 0;
+    let mostBeside = 0; // decodes: what delays nobody may be cut off
     let mostBudget = 0;
     let longest = store.settings?.tbt_slo_s ?? 0.001;
     for (let n = first; n < stop; n++) {
       const each = store.iterations.at(n);
       mostTokens = Math.max(mostTokens, each.tokens);
-      mostBudget = Math.max(mostBudget, each.budget ?? 0);
+      if (each.decodes.length) {
+        mostBeside = Math.max(mostBeside, each.tokens);
+        mostBudget = Math.max(mostBudget, each.budget ?? 0);
+      }
       longest = Math.max(longest, each.end - each.start, each.predicted ?? 0);
     }
     const slo = store.settings?.tbt_slo_s ?? Infinity;
-    const tokenTop = scaleTop(Math.max(1, mostTokens * 1.1, Math.min(mostBudget * 1.1, mostTokens * 3)));
+    const highest = mostBeside * 1.1 || mostTokens * 1.1 || 1;
+    const tokenTop = scaleTop(Math.max(highest, Math.min(mostBudget * 1.1, highest * 3)));
     const secondTop = scaleTop(Math.min(longest * 1.05, slo * MOST_SLOS));
     const tokens = { top: TOP, bottom: split - BETWEEN / 2, most: tokenTop };
     const seconds = { top: split + BETWEEN / 2, bottom, most: secondTop };
@@ -85,10 +90,11 @@ export class IterationsView {
       context.fillStyle = color;
       for (let n = first; n < stop; n++) {
         const each = iterations.at(n);
-        const height = size(each) * scale;
+        const bottom = Math.min(from(each), pane.most);
+        const height = Math.min(size(each), pane.most - bottom) * scale;
         if (!height) continue;
         const [x, width] = extent(axis, each);
-        context.fillRect(x, pane.bottom - from(each) * scale - height, width, height);
+        context.fillRect(x, pane.bottom - bottom * scale - height, width, height);
       }
     }
     context.fillStyle = colors.stall;
@@ -135,12 +141,13 @@ export class IterationsView {
       const [x, width] = extent(axis, each);
       const took = each.end - each.start;
       context.fillStyle = slo && took > slo && each.decodes.length ? colors.stall : colors.thread;
-      context.fillRect(x, pane.bottom - took * scale, width, took * scale);
+      const height = Math.min(took, pane.most) * scale;
+      context.fillRect(x, pane.bottom - height, width, height);
     }
     context.fillStyle = colors.predicted;
     for (let n = first; n < stop; n++) {
       const each = iterations.at(n);
-      if (each.predicted === null) continue;
+      if (each.predicted === null || each.predicted > pane.most) continue;
       const [x, width] = extent(axis, each);
       context.fillRect(x, pane.bottom - each.predicted * scale - 1, Math.max(1.5, width), 2);
     }

@@ -103,32 +103,34 @@ export class RequestsView {
     }
     const limit = this.store.limit(row.target);
     const stall = (from, to) => bar(from, to, height - (height > 9 ? 3 : 1), colors.stall, 0.9);
-    const first = Math.max(0, row.tokens.place(axis.start) - 1);
-    // Ticks that are too close to be told apart become one band.
     const tick = Math.max(1, Math.min(2, axis.scale * 0.01));
-    const near = (tick + 0.8) / axis.scale;
+    const near = (tick + 0.8) / axis.scale; // closer ticks cannot be told apart: they become a band
+    const bands = [];
+    const stalls = [];
+    context.globalAlpha = alpha;
+    context.fillStyle = colors.decode;
     let from = null;
     let last = null;
     const flush = () => {
       if (from === null) return;
-      const isBand = last - from > near;
-      bar(from, last + tick / axis.scale, inner, colors.decode, isBand ? BAND : 1);
+      if (last - from > near) bands.push([from, last]);
+      else context.fillRect(axis.x(from), middle - inner / 2, tick, inner);
     };
-    for (let place = first; place < length; place++) {
+    for (let place = Math.max(0, row.tokens.place(axis.start) - 1); place < length; place++) {
       const time = values[place];
       if (time > axis.end) break;
-      if (last === null || time - last > near) {
+      if (last !== null && time - last > limit) stalls.push([last, time]);
+      if (last === null || time - last > Math.min(near, limit)) {
         flush();
-        if (last !== null && time - last > limit) stall(last, time);
-        from = time;
-      } else if (time - last > limit) {
-        flush();
-        stall(last, time);
         from = time;
       }
       last = time;
     }
     flush();
+    for (const [start, stop] of bands) {
+      bar(start, stop + tick / axis.scale, inner, colors.decode, BAND);
+    }
+    for (const [start, stop] of stalls) stall(start, stop);
     const isOpen = row.ended === null || row.ended > axis.end;
     if (last !== null && isOpen && end - last > limit) stall(last, end); // it lasts
     if (row.reason === "error" || row.reason === "abort") {

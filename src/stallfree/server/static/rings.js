@@ -87,6 +87,7 @@ export class Samples {
     this.at = new Float64Array(size);
     this.value = new Float32Array(size);
     this.target = new Float32Array(size);
+    this.scratch = new Float32Array(size); // to sort in
     this.count = 0;
   }
 
@@ -99,7 +100,7 @@ export class Samples {
 
   /** Percentiles, the worst, and how many are over their limit, of those from `start` to `end`. */
   summary(start, end, limitOf) {
-    const found = [];
+    let found = 0;
     let over = 0;
     let limited = 0;
     const oldest = Math.max(0, this.count - this.size);
@@ -107,13 +108,13 @@ export class Samples {
       const slot = number % this.size;
       if (this.at[slot] < start) break;
       if (this.at[slot] > end) continue;
-      found.push(this.value[slot]);
+      this.scratch[found++] = this.value[slot];
       const limit = limitOf(this.target[slot]);
       if (limit === Infinity) continue;
       limited += 1;
       if (this.value[slot] > limit) over += 1;
     }
-    const sorted = Float32Array.from(found).sort();
+    const sorted = this.scratch.subarray(0, found).sort();
     const percentile = (share) => sorted[Math.max(0, Math.ceil(share * sorted.length) - 1)];
     return {
       count: sorted.length,

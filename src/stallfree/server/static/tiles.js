@@ -145,7 +145,8 @@ export class Tiles {
       const target = slo ? `, target ${duration(slo)}` : "";
       text.push(`99 % of tokens came within ${duration(gaps.p99)} of the one before${target}.`);
       const stalls = gaps.over ? plural(gaps.over, "stall") : "No stalls";
-      text.push(`${stalls} in the last ${span < 60 ? `${span} s` : plural(span / 60, "minute")}.`);
+      const time = { 60: "minute", 300: "5 minutes" }[span] ?? `${span} seconds`;
+      text.push(`${stalls} in the last ${time}.`);
     }
     if (firsts.count) text.push(`Half of the first tokens came within ${duration(firsts.p50)}.`);
     return text.join(" ");
