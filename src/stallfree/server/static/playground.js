@@ -117,6 +117,7 @@ class Lane {
         model: this.playground.model,
         messages: this.messages,
         stream: true,
+        temperature: 0.7,
         max_tokens: Number(this.playground.mostTokens),
         service_tier: this.part.tier?.value ?? "default",
       }),

@@ -38,7 +38,7 @@ export class Tiles {
     this.drawPercentiles("tbt", gaps, slo);
     this.drawPercentiles("ttft", firsts, ttft);
     this.set("tbt-share", share(gaps, slo === null && store.rule === "target" ? "under 1 s" : "in time"));
-    this.set("ttft-share", firsts.limited ? share(firsts, "in time") : "no target");
+    this.set("ttft-share", firsts.limited ? share(firsts, "in time") : "");
     this.drawRates(start, end, colors);
     this.drawQueue(end);
     this.drawBlocks(start, end, colors);
