@@ -3,8 +3,8 @@
     python benchmarks/dashboard_picture.py                        # docs/dashboard.png
     python benchmarks/dashboard_picture.py --theme dark --width 360 --output phone.png
 
-Five clients of three tiers stream answers, a long prompt comes every few seconds, and the page's own
-chats talk while another is thrown in. Needs Chromium, and playwright (extra `test`).
+Five clients of three tiers stream answers, a long prompt comes every few seconds, and the page's
+own chats talk while another is thrown in. Needs Chromium, and playwright (extra `test`).
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ export class Inspector {
     const { iterations } = this.iterations.store;
     const axis = this.axis;
     if (!axis || !iterations.count) return;
-    const [first, stop] = this.iterations.inSight(axis);
+    const [first] = this.iterations.inSight(axis);
+    const stop = iterations.find((each) => each.end > axis.end); // the cursor is at the end of one
     if (first >= stop) return;
     const now = this.target?.byKey && this.target.view === view ? this.target : null;
     const last = now?.number ?? stop;
