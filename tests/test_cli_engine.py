@@ -253,7 +253,7 @@ def test_serve_sums_up_what_it_serves(server: Server) -> None:
     for fact in (
         *("serves tiny-qwen2", "Qwen2ForCausalLM", "parameters, int8", "KV cache"),
         *("tokens in blocks of 16", "sarathi, at most 96 tokens an iteration"),
-        *("2,048 tokens", "cpu, 1 thread;", "http://127.0.0.1:"),
+        *("2,048 tokens", "cpu, 1 thread;", f"{server.url.removesuffix('/v1')}/dashboard"),
     ):
         assert fact in server.shown
     assert KEY not in server.shown

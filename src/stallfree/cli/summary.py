@@ -64,6 +64,7 @@ def _rows(facts: EngineFacts, engine: EngineSettings, url: str) -> dict[str, str
         "Context": f"{facts.max_model_len:,} tokens",
         "Device": f"{facts.device}, {threads}; loaded in {facts.load_s:.1f} s",
         "URL": f"{url}/v1",
+        "Watch": f"{url}/dashboard",
     }
 
 

@@ -110,6 +110,11 @@ class Engine:
         return self.scheduler.config.max_model_len
 
     @property
+    def tiers(self) -> Mapping[str, Targets]:
+        """Targets of requests that have none of their own, by tier."""
+        return self._tiers
+
+    @property
     def has_requests(self) -> bool:
         """Whether a step has anything to do."""
         return self.scheduler.has_requests

@@ -21,6 +21,7 @@ from stallfree.errors import StallfreeError
 from stallfree.server import endpoints
 from stallfree.server.chat import create_chat_completion
 from stallfree.server.completions import create_completion
+from stallfree.server.dashboard import add_dashboard
 from stallfree.server.errors import FAILED, ApiError, api_error, shorten
 from stallfree.server.lifecycle import ApiServer, bind
 from stallfree.server.observability import Observability
@@ -78,6 +79,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         protected.add_api_route(
             path, endpoint, methods=["POST"], openapi_extra=_body_schema(body, schemas)
         )
+    add_dashboard(app, protected)
     observability.add_to(app, protected)
     app.include_router(protected)
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)

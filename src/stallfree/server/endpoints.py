@@ -74,15 +74,14 @@ async def health(request: Request) -> Response:
     how many seconds in all.
     """
     service: Service = request.app.state.service
-    state = "dead" if service.engine.error else "draining" if service.draining else "ok"
     answer = {
-        "status": state,
+        "status": service.status,
         "running": service.engine.num_running,
         "waiting": service.engine.num_waiting,
         "squeezed_iterations": service.engine.squeezed.iterations,
         "squeezed_s": round(service.engine.squeezed.over_s, 3),
     }
-    return JSONResponse(answer, 200 if state == "ok" else 503)
+    return JSONResponse(answer, 200 if service.status == "ok" else 503)
 
 
 async def show_version() -> Response:

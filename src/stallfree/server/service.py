@@ -68,6 +68,11 @@ class Service:
         self._short_texts = ThreadPoolExecutor(TEXT_THREADS, "stallfree-text")
         self._large_texts = ThreadPoolExecutor(1, "stallfree-large-text")
 
+    @property
+    def status(self) -> str:
+        """`ok` while requests are taken, else why not: `draining` or `dead`."""
+        return "dead" if self.engine.error else "draining" if self.draining else "ok"
+
     def check_ready(self) -> None:
         """Raise EngineStoppedError if no request can be taken."""
         if self.engine.error is not None:
