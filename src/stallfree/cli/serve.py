@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import typer
 
@@ -16,9 +17,11 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     what it runs and a curl line to try. Ctrl-C and SIGTERM let running requests finish, at most for
     the drain timeout; a second Ctrl-C does not wait.
     """
-    from stallfree.server.lifecycle import bind
+    from stallfree.server.lifecycle import check_start
 
-    bind(server.host, server.port).close()  # a port in use is said before minutes of loading
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a server to take it
+    check_start(server)
 
     from rich.console import Console
 
@@ -27,7 +30,6 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from stallfree.engine.build import build_engine
     from stallfree.server.app import run_server
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     if engine.admit_within_slo is not None:
         logging.getLogger("stallfree.first_token").setLevel(logging.INFO)
     console = Console(stderr=True)

@@ -152,13 +152,19 @@ class SamplingBody(Body):
         """What the response says of its tier, if one was asked for."""
         return {} if self.service_tier is None else {"service_tier": self.tier}
 
-    def targets(self) -> Targets:
-        """Whom the request goes before, and its own deadlines."""
+    def targets(self, owner: str = "") -> Targets:
+        """Whom the request goes before, and its own deadlines.
+
+        Args:
+            owner: the name of its API key, which has no slash, or empty. Users are those of one
+                key, so that no client can pass for one of another key.
+        """
+        user = (self.user or self.safety_identifier or "")[:MAX_USER_CHARS]
         return Targets(
             self.tier,
             tbt_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
             ttft_s=None if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000,
-            user=(self.user or self.safety_identifier or "")[:MAX_USER_CHARS],
+            user=f"{owner}/{user}" if owner and user else owner or user,
         )
 
     def sampling_params(
