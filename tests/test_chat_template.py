@@ -86,6 +86,7 @@ def test_without_a_template(byte_level: Tokenizer) -> None:
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
         ("{{ 'x' * 1000000000000 }}", "repeats"),
         ("{{ 1000000000000 * [1] }}", "repeats"),
+        ("{{ 10 ** 1000000000 }}", "power"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
         ("{% for i in range(10000000000) %}x{% endfor %}", "range"),
     ],

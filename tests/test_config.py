@@ -70,6 +70,7 @@ def test_other_architectures_are_refused_by_name(architectures: object) -> None:
         {"rms_norm_eps": "x"},
         {"rms_norm_eps": float("nan")},
         {"rope_theta": "x"},
+        {"hidden_act": ["silu"]},
         {"rope_theta": 0},
         {"rope_theta": -1.0},
         {"rope_parameters": [1]},

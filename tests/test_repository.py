@@ -128,3 +128,27 @@ def test_pinned_versions_cover_the_direct_dependencies() -> None:
     for requirement in wanted:
         version = str(pinned[canonicalize_name(requirement.name)]).removeprefix("==")
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
+
+
+def test_nothing_runs_what_it_loads() -> None:
+    """Model files are data: no pickle is read, and no code that comes with a model is run."""
+    wrong = []
+    for path in MODULES:
+        imported = {module.split(".")[0] for _, module in imported_modules(path)}
+        wrong += [
+            f"{name_of(path)} imports {module}"
+            for module in sorted(imported & {"pickle", "dill", "cloudpickle", "joblib", "marshal"})
+        ]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called in ("torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load"):
+                wrong.append(f"{name_of(path)}:{node.lineno} calls {called}")
+            wrong += [
+                f"{name_of(path)}:{node.lineno} has {keyword.arg}"
+                for keyword in node.keywords
+                if keyword.arg in ("trust_remote_code", "allow_pickle")
+                and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+            ]
+    assert not wrong

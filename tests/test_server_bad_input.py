@@ -17,7 +17,6 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
 from stallfree.server.app import create_app
-from stallfree.server.body import MAX_BODY_BYTES
 
 CONTEXT = 1024
 VOCABULARY = 512
@@ -117,7 +116,7 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [3, True]}, "prompt", "true"),
     ({"prompt": [3, 1.5]}, "prompt", "1.5"),
     ({"prompt": [[3, None]]}, "prompt", "null"),
-    ({"prompt": ["a"] * 2000}, "prompt", "2000 completions"),
+    ({"prompt": ["a"] * 2000}, "prompt", "2000 prompts"),
     ({"prompt": ["a"] * 20, "n": 100}, "prompt", "2000 completions"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
     ({"max_tokens": -5}, "max_tokens", "-5"),
@@ -291,7 +290,8 @@ def test_unknown_path_and_method(server: RunningServer, live: None) -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, "/tokenize"])
 def test_a_body_over_the_limit(server: RunningServer, live: None, path: str) -> None:
     text = json.dumps({"model": MODEL, "prompt": "x" * 10_000_000}).encode()
-    assert_error(server.http.post(path, content=text), 413, None, str(MAX_BODY_BYTES))
+    limit = str(ServerSettings().max_body_bytes)
+    assert_error(server.http.post(path, content=text), 413, None, limit)
 
 
 def test_a_body_over_the_limit_in_chunks(server: RunningServer, live: None) -> None:
@@ -300,7 +300,7 @@ def test_a_body_over_the_limit_in_chunks(server: RunningServer, live: None) -> N
             yield b"x" * 65_536
 
     response = server.http.post(COMPLETIONS, content=chunks())
-    assert_error(response, 413, None, str(MAX_BODY_BYTES))
+    assert_error(response, 413, None, str(ServerSettings().max_body_bytes))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def test_a_client_leaves_its_stream(
     with httpx.stream(
         "POST", server.url + path, json={**LONG, **fields, "stream": True}, trust_env=False
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # without a name it would be closed, and the connection too
+        next(lines)
         wait_until(lambda: server.engine.num_running > 0, timeout_s=2.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import typer
 
 from stallfree.engine.settings import EngineSettings, ServerSettings
@@ -14,9 +16,11 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     what it runs and a curl line to try. Ctrl-C and SIGTERM let running requests finish, at most for
     the drain timeout; a second Ctrl-C does not wait.
     """
-    from stallfree.server.lifecycle import bind
+    from stallfree.server.lifecycle import check_start
 
-    bind(server.host, server.port).close()  # a port in use is said before minutes of loading
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a server to take it
+    check_start(server)
 
     from rich.console import Console
 

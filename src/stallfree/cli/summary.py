@@ -24,10 +24,11 @@ def print_summary(
         console.print(f"  [cyan]{label:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
     for note in engine.notes:
         console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
-    key = f" (${API_KEY_VARIABLE} holds the key)" if server.api_key else ""
+    has_key = server.api_key is not None or server.api_keys_file is not None
+    key = f" (${API_KEY_VARIABLE} holds the key)" if has_key else ""
     console.print(f"\nTry it{key}:\n", highlight=False)
     console.print(
-        curl_line(url, server.served_model_name or facts.model_name, server.api_key is not None),
+        curl_line(url, server.served_model_name or facts.model_name, has_key),
         highlight=False,
         markup=False,
         soft_wrap=True,

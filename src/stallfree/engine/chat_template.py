@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from stallfree.errors import InvalidRequestError, TokenizerError
 
 MAX_PROMPT_CHARACTERS = 1 << 24
+MAX_POWER_BITS = 1 << 14
 
 
 def compile_template(template: str) -> Template:
@@ -86,11 +87,16 @@ class _GenerationTag(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also bounds what the repetition of a sequence can allocate."""
+    """Jinja's sandbox, which also bounds repetitions of a sequence, and powers.
 
-    intercepted_binops = frozenset("*")
+    Jinja computes what is constant when it compiles, but for the operators that are watched here.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            return _power(left, right)
         for sequence, times in ((left, right), (right, left)):
             if (
                 isinstance(sequence, str | list | tuple)
@@ -99,6 +105,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             ):
                 raise SecurityError(f"it repeats a sequence {times:,} times")
         return super().call_binop(context, operator, left, right)
+
+
+def _power(left: Any, right: Any) -> Any:
+    both_whole = isinstance(left, int) and isinstance(right, int)
+    if both_whole and left.bit_length() * right > MAX_POWER_BITS:
+        raise SecurityError(f"it computes a power of more than {MAX_POWER_BITS:,} bits")
+    return left**right
 
 
 def _raise_exception(message: object) -> NoReturn:

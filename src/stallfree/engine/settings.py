@@ -21,7 +21,7 @@ from stallfree.engine.flags import (
     check_types,
     parse_bytes,
 )
-from stallfree.engine.observability_settings import ObservabilitySettings
+from stallfree.engine.limit_settings import LimitSettings
 from stallfree.engine.parallel_settings import ParallelSettings
 from stallfree.errors import ConfigError
 
@@ -170,8 +170,8 @@ class EngineSettings(ParallelSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings(ObservabilitySettings):
-    """What the HTTP server needs beside an engine.
+class ServerSettings(LimitSettings):
+    """What the HTTP server needs beside an engine; its limits come first.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range; names it and the limit.
@@ -230,7 +230,7 @@ class ServerSettings(ObservabilitySettings):
 
     def __post_init__(self) -> None:
         check_types(self)
-        ObservabilitySettings.__post_init__(self)
+        LimitSettings.__post_init__(self)
         if not self.host.strip():
             raise ConfigError("host is empty; 127.0.0.1 is this machine only")
         check_range("port", self.port, 0, MAX_PORT)

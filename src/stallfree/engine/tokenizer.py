@@ -115,6 +115,19 @@ class Tokenizer:
         Raises:
             InvalidRequestError: there is no template, it is broken, or fails on the messages.
         """
+        return render_template(*self.chat_inputs(messages, chat_template, **template_variables))
+
+    def chat_inputs(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        **template_variables: Any,
+    ) -> tuple[str, dict[str, Any]]:
+        """The template of a chat and its variables: see `render_chat`.
+
+        Raises:
+            InvalidRequestError: there is no template.
+        """
         template = chat_template or self.chat_template
         if template is None:
             raise InvalidRequestError(
@@ -124,7 +137,7 @@ class Tokenizer:
             )
         defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
         variables = {**defaults, **self._special_tokens, **template_variables}
-        return render_template(template, {**variables, "messages": list(messages)})
+        return template, {**variables, "messages": list(messages)}
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:

@@ -146,7 +146,7 @@ class ModelConfig:
 
 def _activation(words: Words) -> str:
     activation = words.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"activation {activation!r:.80} is not supported; these are: {', '.join(ACTIVATIONS)}"
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -19,32 +17,25 @@ from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import StallfreeError
 from stallfree.server import endpoints
+from stallfree.server.access import key_check, places
 from stallfree.server.chat import create_chat_completion
 from stallfree.server.completions import create_completion
 from stallfree.server.dashboard import add_dashboard
+from stallfree.server.documentation import complete, documented
 from stallfree.server.errors import FAILED, ApiError, api_error, shorten
+from stallfree.server.guard import Guard
 from stallfree.server.lifecycle import ApiServer, bind
 from stallfree.server.observability import Observability
-from stallfree.server.protocol import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
 from stallfree.server.request_id import HEADER as REQUEST_ID
 from stallfree.server.request_note import current_note
 from stallfree.server.service import Service
-
-_BEARER = HTTPBearer(auto_error=False)
-_SCHEMAS = "#/components/schemas/"
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     """The HTTP application for an engine; its lifespan starts and stops the engine.
 
     Raises:
-        ConfigError: the chat template cannot be used, or traces cannot be sent.
+        ConfigError: the chat template or the API keys cannot be used, or traces cannot be sent.
     """
     service = Service(engine, settings)
     observability = Observability(service, settings)
@@ -53,6 +44,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         engine.start()
         yield
+        service.templates.close()
         if not service.ends_at_once:
             await asyncio.to_thread(engine.stop)
             await asyncio.to_thread(observability.close)
@@ -61,28 +53,39 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
         title="stallfree", version=version("stallfree"), lifespan=lifespan, redirect_slashes=False
     )
     app.state.service = service
+    app.add_middleware(Guard, settings=settings)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     for kind in (StallfreeError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.add_api_route("/health", endpoints.health, methods=["GET"])
-    app.add_api_route("/version", endpoints.show_version, methods=["GET"])
-    protected = APIRouter(dependencies=_key_check(settings.api_key))
-    protected.add_api_route("/v1/models", endpoints.list_models, methods=["GET"])
-    protected.add_api_route("/v1/models/{model_id:path}", endpoints.retrieve_model, methods=["GET"])
-    schemas: dict[str, Any] = {}
-    posts: dict[str, tuple[Callable[[Request], Awaitable[Response]], type[Body]]] = {
-        "/v1/completions": (create_completion, CompletionRequest),
-        "/v1/chat/completions": (create_chat_completion, ChatRequest),
-        "/tokenize": (endpoints.tokenize, TokenizeRequest),
-        "/detokenize": (endpoints.detokenize, DetokenizeRequest),
+    app.add_api_route("/health", endpoints.health, **documented("/health"))
+    app.add_api_route("/version", endpoints.show_version, **documented("/version"))
+    protected = APIRouter(dependencies=key_check(service.keys))
+    limited = APIRouter(dependencies=places(settings.max_concurrent_requests))
+    gets: dict[str, Callable[..., Awaitable[Response]]] = {
+        "/v1/models": endpoints.list_models,
+        "/v1/models/{model_id:path}": endpoints.retrieve_model,
     }
-    for path, (endpoint, body) in posts.items():
-        protected.add_api_route(
-            path, endpoint, methods=["POST"], openapi_extra=_body_schema(body, schemas)
-        )
+    posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/v1/completions": create_completion,
+        "/v1/chat/completions": create_chat_completion,
+        "/tokenize": endpoints.tokenize,
+        "/detokenize": endpoints.detokenize,
+    }
+    for method, routes in (("GET", gets), ("POST", posts)):
+        for path, endpoint in routes.items():
+            limited.add_api_route(path, endpoint, methods=[method], **documented(path))
+    protected.include_router(limited)
     add_dashboard(app, protected)
     observability.add_to(app, protected)
     app.include_router(protected)
-    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    complete(app.openapi())
     return app
 
 
@@ -103,34 +106,14 @@ def run_server(
         The exit code: 0 after a drain, 1 if the engine died, 128 and the signal after a second.
 
     Raises:
-        ConfigError: the port cannot be had, or the chat template cannot be used.
+        ConfigError: the port cannot be had, or a file of the settings cannot be used.
     """
     listener = bind(settings.host, settings.port)
     app = create_app(engine, settings)
     server = ApiServer(app, app.state.service, settings, on_ready)
+    app.state.service.templates.start()
     server.run(sockets=[listener])
     return server.exit_code
-
-
-def _key_check(api_key: str | None) -> list[Any]:
-    """Dependencies that refuse requests without the key; none if there is no key."""
-    if api_key is None:
-        return []
-    expected = api_key.encode()
-
-    async def check(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
-    ) -> None:
-        key = b"" if given is None else given.credentials.encode("latin-1")
-        if not hmac.compare_digest(key, expected):
-            raise ApiError(
-                401,
-                "the API key is wrong" if key else "an API key is required as a bearer token",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    return [Depends(check)]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -149,14 +132,3 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             answer = ApiError(500, FAILED)
     headers = {**(answer.headers or {}), REQUEST_ID: current_note().request_id}
     return JSONResponse(answer.body(), answer.status, headers)
-
-
-def _body_schema(body: type[Body], schemas: dict[str, Any]) -> dict[str, Any]:
-    """What the documentation says of a body; the types it uses are added to `schemas`."""
-    schema = body.model_json_schema(ref_template=_SCHEMAS + "{model}")
-    schemas.update(schema.pop("$defs", {}))
-    schemas[body.__name__] = schema
-    reference = {"$ref": _SCHEMAS + body.__name__}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }

@@ -13,11 +13,9 @@ from starlette.requests import Request
 from stallfree.errors import InvalidRequestError
 from stallfree.server.errors import ApiError, shorten
 
-MAX_BODY_BYTES = 1024 * 1024  # reading more would hold up the streams of others
 
-
-async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object in the body of `request`.
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the body of `request`, of at most `max_bytes`.
 
     Raises:
         ApiError: the body is too large (413; no more than the limit is ever held) or says that it
@@ -26,7 +24,7 @@ async def read_object(request: Request) -> dict[str, Any]:
         ClientDisconnect: the client left before all of it had come.
     """
     _check_content_type(request.headers.get("content-type", ""))
-    return parse_object(await _read(request))
+    return parse_object(await _read(request, max_bytes))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -51,17 +49,17 @@ def _check_content_type(header: str) -> None:
         raise ApiError(415, f"content-type is {shorten(media_type)}; send application/json")
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise _too_large(f"{announced} bytes")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(f"{announced} bytes", max_bytes)
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large("larger")
+        if len(body) > max_bytes:
+            raise _too_large("larger", max_bytes)
     return bytes(body)
 
 
-def _too_large(size: str) -> ApiError:
-    return ApiError(413, f"the body is {size}; the limit is {MAX_BODY_BYTES} bytes")
+def _too_large(size: str, limit: int) -> ApiError:
+    return ApiError(413, f"the body is {size}; the limit is {limit} bytes")

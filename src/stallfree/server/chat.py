@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stallfree.engine.outputs import Delta
+from stallfree.server.access import owner_of
 from stallfree.server.body import read_object
 from stallfree.server.generation import Job, Outcome, Usage, collect, stream
 from stallfree.server.logprobs import chat_logprobs
@@ -24,16 +25,18 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer the last message of a chat."""
     service: Service = request.app.state.service
     service.check_ready()
-    body = parse(ChatRequest, await read_object(request))
+    body = parse(ChatRequest, await read_object(request, service.settings.max_body_bytes))
     arrived_at = service.engine.now()
     service.check_model(body.model)
     params = body.params()
+    service.limits.check_params(params, logprobs_field="top_logprobs")
     prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, [prompt], params, body.targets(), arrived_at)
+    job = Job(request_id, [prompt], params, body.targets(owner_of(request)), arrived_at)
     await service.check(job.prompts, params, job.targets, source="messages")
     if body.stream:
-        return EventStream(_events(service, body, job))
+        events = _events(service, body, job)
+        return EventStream(events, service.settings.max_unread_bytes)
     outcome = await while_connected(request.receive, collect(service.engine, job))
     return JSONResponse(_whole(service, body, job, outcome))
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stallfree.executor.output import PositionLogprobs
+from stallfree.server.access import owner_of
 from stallfree.server.body import read_object
 from stallfree.server.generation import Job, Outcome, PromptLogprobs, Usage, collect, stream
 from stallfree.server.logprobs import CompletionLogprobs, joined, prompt_logprobs
@@ -25,27 +26,28 @@ async def create_completion(request: Request) -> Response:
     """Complete one prompt or several."""
     service: Service = request.app.state.service
     service.check_ready()
-    body = parse(CompletionRequest, await read_object(request))
+    body = parse(CompletionRequest, await read_object(request, service.settings.max_body_bytes))
     arrived_at = service.engine.now()
     service.check_model(body.model)
-    job = await _job(service, body, arrived_at)
+    job = await _job(service, body, owner_of(request), arrived_at)
     completion = _Completion(service, body, job)
     if body.stream:
-        return EventStream(completion.events())
+        return EventStream(completion.events(), service.settings.max_unread_bytes)
     outcome = await while_connected(request.receive, collect(service.engine, job))
     answer = await service.in_thread(job.num_prompt_tokens, lambda: completion.whole(outcome))
     return JSONResponse(answer)
 
 
-async def _job(service: Service, body: CompletionRequest, arrived_at: float) -> Job:
+async def _job(service: Service, body: CompletionRequest, owner: str, arrived_at: float) -> Job:
     params = body.params()
-    service.check_num_choices(len(body.prompt), params.n)
+    service.limits.check_params(params)
+    service.limits.check_num_prompts(len(body.prompt), params.n)
     special_tokens = body.add_special_tokens is not False
     prompts = [
         await service.prompt(prompt, special_tokens, bool(body.echo)) for prompt in body.prompt
     ]
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, prompts, params, body.targets(), arrived_at)
+    job = Job(request_id, prompts, params, body.targets(owner), arrived_at)
     await service.check(prompts, params, job.targets)
     return job
 

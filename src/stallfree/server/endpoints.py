@@ -39,7 +39,7 @@ def _model(service: Service) -> dict[str, Any]:
 async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of messages in the chat template."""
     service: Service = request.app.state.service
-    body = parse(TokenizeRequest, await read_object(request))
+    body = parse(TokenizeRequest, await read_object(request, service.settings.max_body_bytes))
     service.check_model(body.model)
     if body.messages:
         prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
@@ -61,7 +61,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
-    body = parse(DetokenizeRequest, await read_object(request))
+    body = parse(DetokenizeRequest, await read_object(request, service.settings.max_body_bytes))
     service.check_model(body.model)
     service.check_token_ids(body.tokens, "tokens")
     return JSONResponse({"prompt": await service.decode(body.tokens)})

@@ -7,22 +7,30 @@ import contextlib
 import errno
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
+from stallfree.server.connection import Connection
+from stallfree.server.keys import Keyring
 from stallfree.server.service import Service
+from stallfree.server.tls import tls_context
 
 KEEP_ALIVE_S = 75
 LAST_WRITES_S = 5  # how long clients may take to read what is finished
 SWITCH_INTERVAL_S = 0.0005
+SEND_BUFFER_BYTES = 128 * 1024  # of an answer that the kernel holds for its client
+OTHER_FILES = 256  # that this process may have open beside connections
 
 logger = logging.getLogger("stallfree.server")
 
@@ -38,7 +46,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server((str(address[0]), port), family=family)
+        listener = socket.create_server((str(address[0]), port), family=family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return listener
     except UnicodeError as error:
         reason = f"host {host!r} is not a name or an address: {error.args[-1]}"
     except OSError as error:
@@ -52,12 +62,31 @@ def bind(host: str, port: int) -> socket.socket:
     raise ConfigError(reason)
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """A URL at which this machine reaches `listener`."""
     host, port = listener.getsockname()[:2]
     if listener.family == socket.AF_INET6:
-        return f"http://[{'::1' if host == '::' else host}]:{port}"
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        return f"{scheme}://[{'::1' if host == '::' else host}]:{port}"
+    return f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def check_start(settings: ServerSettings) -> None:
+    """Raise ConfigError for what would keep a server from starting, before minutes of loading."""
+    bind(settings.host, settings.port).close()
+    tls_context(settings)
+    Keyring.of(settings)
+
+
+def allow_connections(count: int) -> None:
+    """Let this process have `count` connections, where the system puts a lower limit first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+        if possible < wanted:
+            message = "max_connections is %d, but this user may open no more than %d files"
+            logger.warning(message, count, possible)
 
 
 class ApiServer(uvicorn.Server):
@@ -90,17 +119,19 @@ class ApiServer(uvicorn.Server):
             ws="none",
             lifespan="on",
             log_config=None,
-            log_level="warning",
+            log_level="error",  # what clients send is no news
             access_log=False,
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
+            h11_max_incomplete_event_size=settings.max_header_bytes,
             timeout_graceful_shutdown=LAST_WRITES_S,
         )
         super().__init__(config)
         self.exit_code = 0
         self._service = service
-        self._drain_timeout_s = settings.drain_timeout_s
+        self._settings = settings
+        self._tls = tls_context(settings)
         self._on_ready = on_ready
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,9 +146,34 @@ class ApiServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.freeze()
-        await super().startup(sockets)
-        if self.started and sockets:
-            self._on_ready(url_of(sockets[0]))
+        if threading.current_thread() is threading.main_thread():
+            self._loop.add_signal_handler(signal.SIGHUP, self._service.reload)
+        if self._service.keys is not None:
+            self._service.keys.warn_if_open()
+        allow_connections(self._settings.max_connections)
+        await super().startup([])
+        for each in sockets or ():
+            self.servers.append(await self._listen(self._loop, each))
+        if sockets:
+            self._on_ready(url_of(sockets[0], "http" if self._tls is None else "https"))
+
+    async def _listen(
+        self, loop: asyncio.AbstractEventLoop, listener: socket.socket
+    ) -> asyncio.Server:
+        """Take connections, as `uvicorn` would, but of our own kind and with less patience."""
+        options: dict[str, Any] = {}
+        if self._tls is not None:
+            options = {
+                "ssl": self._tls,
+                "ssl_handshake_timeout": self._settings.header_timeout_s,
+                "ssl_shutdown_timeout": LAST_WRITES_S,
+            }
+        return await loop.create_server(
+            lambda: Connection(self.config, self.server_state, self.lifespan.state, self._settings),
+            sock=listener,
+            backlog=self.config.backlog,
+            **options,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Take a signal; called by uvicorn, between any two instructions of the main thread."""
@@ -151,9 +207,11 @@ class ApiServer(uvicorn.Server):
         num_left = engine.num_running + engine.num_waiting
         if num_left:
             message = "shutting down: %d completions may take %g s more; Ctrl-C again ends at once"
-            logger.warning(message, num_left, self._drain_timeout_s)
-        if not await engine.drain(self._drain_timeout_s):
-            logger.warning("some completions were cut off after %g s", self._drain_timeout_s)
+            logger.warning(message, num_left, self._settings.drain_timeout_s)
+        if not await engine.drain(self._settings.drain_timeout_s):
+            logger.warning(
+                "some completions were cut off after %g s", self._settings.drain_timeout_s
+            )
         self.should_exit = True
 
     def _engine_died(self) -> None:

@@ -10,8 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from stallfree.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from stallfree.core.targets import RANKS, Targets
@@ -50,6 +60,20 @@ class Body(BaseModel):
             elif name not in cls.model_fields and name not in cls.IGNORED:
                 raise PydanticCustomError("unrecognized", "not known", {"field": name})
         return {name: entry for name, entry in value.items() if entry is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The JSON schema, as true as the checks of names above are."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema.setdefault("properties", {})
+        for name in properties.keys() - set(schema.get("required", ())):
+            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+        properties |= {name: {} for name in cls.IGNORED}
+        properties |= {name: {"enum": [None, *few]} for name, few in cls.UNSUPPORTED.items()}
+        schema["additionalProperties"] = False
+        return schema
 
 
 def parse(body_type: type[BodyT], value: Mapping[str, Any]) -> BodyT:
@@ -152,13 +176,19 @@ class SamplingBody(Body):
         """What the response says of its tier, if one was asked for."""
         return {} if self.service_tier is None else {"service_tier": self.tier}
 
-    def targets(self) -> Targets:
-        """Whom the request goes before, and its own deadlines."""
+    def targets(self, owner: str = "") -> Targets:
+        """Whom the request goes before, and its own deadlines.
+
+        Args:
+            owner: the name of its API key, which has no slash, or empty. Users are those of one
+                key, so that no client can pass for one of another key.
+        """
+        user = (self.user or self.safety_identifier or "")[:MAX_USER_CHARS]
         return Targets(
             self.tier,
             tbt_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
             ttft_s=None if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000,
-            user=(self.user or self.safety_identifier or "")[:MAX_USER_CHARS],
+            user=f"{owner}/{user}" if owner and user else owner or user,
         )
 
     def sampling_params(
@@ -320,4 +350,6 @@ class DetokenizeRequest(Body):
     """The body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[Any]
+    tokens: Annotated[
+        list[Any], WithJsonSchema({"type": "array", "items": {"type": "integer"}, "minItems": 1})
+    ]

@@ -18,6 +18,7 @@ from stallfree.core.targets import Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.chat_template import compile_template
 from stallfree.engine.settings import ServerSettings
+from stallfree.engine.template_process import TemplateProcess
 from stallfree.errors import (
     ConfigError,
     ContextLengthError,
@@ -27,11 +28,12 @@ from stallfree.errors import (
 )
 from stallfree.server.errors import ApiError
 from stallfree.server.fields import shown
+from stallfree.server.keys import Keyring
 from stallfree.server.protocol import ChatMessage
+from stallfree.server.request_limits import RequestLimits
 
 LARGE_SIZE = 65_536
 TEXT_THREADS = 2
-MAX_CHOICES_PER_REQUEST = 512
 
 T = TypeVar("T")
 
@@ -48,14 +50,22 @@ class Service:
     """One engine as the endpoints see it.
 
     Attributes:
+        settings: of the server.
+        keys: that requests must carry, if any.
+        limits: of what a request may ask for.
+        templates: runs chat templates.
         draining: whether requests are refused because the server is about to end.
         ends_at_once: whether the server ends without waiting for the engine's iteration.
 
     Raises:
-        ConfigError: the chat template cannot be used.
+        ConfigError: the chat template or the API keys cannot be used.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.keys = Keyring.of(settings)
+        self.limits = RequestLimits(settings)
+        self.templates = TemplateProcess()
         self.engine = engine
         self.tokenizer = engine.engine.tokenizer
         self.max_model_len = engine.engine.max_model_len
@@ -67,6 +77,12 @@ class Service:
         self._chat_template = _read_template(settings)
         self._short_texts = ThreadPoolExecutor(TEXT_THREADS, "stallfree-text")
         self._large_texts = ThreadPoolExecutor(1, "stallfree-large-text")
+        self._template_texts = ThreadPoolExecutor(1, "stallfree-template")
+
+    def reload(self) -> None:
+        """Read again what may change while the server runs: the API keys."""
+        if self.keys is not None:
+            self.keys.reload()
 
     @property
     def status(self) -> str:
@@ -90,15 +106,6 @@ class Service:
                 code="model_not_found",
             )
 
-    def check_num_choices(self, num_prompts: int, n: int) -> None:
-        """Raise InvalidRequestError if one request asks for too many completions."""
-        if num_prompts * n > MAX_CHOICES_PER_REQUEST:
-            raise InvalidRequestError(
-                f"{num_prompts} prompts with n {n} are {num_prompts * n} completions; the limit "
-                f"of one request is {MAX_CHOICES_PER_REQUEST}",
-                "prompt",
-            )
-
     async def check(
         self,
         prompts: Sequence[Prompt],
@@ -106,7 +113,7 @@ class Service:
         targets: Targets,
         source: str = "prompt",
     ) -> None:
-        """Refuse what the engine would refuse, before anything runs.
+        """Refuse what the engine would refuse, and what is too long here, before anything runs.
 
         Args:
             prompts: what is to run.
@@ -121,6 +128,7 @@ class Service:
         """
         try:
             for prompt in prompts:
+                self.limits.check_prompt_tokens(len(prompt.token_ids), source)
                 await self.engine.check(prompt.token_ids, params, targets)
         except InvalidRequestError as error:
             if error.param == "prompt":
@@ -143,18 +151,18 @@ class Service:
         """Put messages into the chat template and tokenize them.
 
         Raises:
-            InvalidRequestError: the template refuses them, or fails.
-            TokenizerError: the model has no chat template.
+            InvalidRequestError: there is no template, or it refuses them, fails, or takes too long.
         """
-
-        def render() -> Prompt:
-            text = self.tokenizer.render_chat(
-                [message.variables() for message in messages], self._chat_template
-            )
-            return Prompt(self.tokenizer.encode(text, special_tokens), text)
-
-        num_chars = sum(len(message.content) for message in messages)
-        return await self.in_thread(num_chars, render)
+        template, variables = self.tokenizer.chat_inputs(
+            [message.variables() for message in messages], self._chat_template
+        )
+        text = await asyncio.get_running_loop().run_in_executor(
+            self._template_texts, self.templates.render, template, variables
+        )
+        token_ids = await self.in_thread(
+            len(text), lambda: self.tokenizer.encode(text, special_tokens)
+        )
+        return Prompt(token_ids, text)
 
     async def encode(self, text: str, special_tokens: bool) -> list[int]:
         """Tokenize `text`; raises InvalidRequestError if it is empty."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -14,11 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from stallfree.server.errors import api_error
 
+ABORT = "stallfree.abort"  # extension of a request's scope: closes its connection at once
 DONE = b"data: [DONE]\n\n"
 
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 T = TypeVar("T")
+
+logger = logging.getLogger("stallfree.server")
 
 
 def event(value: object) -> bytes:
@@ -57,38 +61,80 @@ class EventStream(Response):
 
     It begins with the first event, which may be empty: an error before it becomes the response. A
     later error ends the stream with an event that holds it.
+
+    Args:
+        events: the bytes of each, which are taken as they come, whether the client reads or not.
+        max_unread_bytes: of events that wait for the client; it is dropped if there are more.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], max_unread_bytes: int) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._max_unread_bytes = max_unread_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, as ASGI has it."""
+        abort: Callable[[], None] = scope["extensions"][ABORT]
         with suppress(ClientDisconnect):
-            await while_connected(receive, self._send_all(send))
+            await while_connected(receive, self._send_all(send, abort))
 
-    async def _send_all(self, send: Send) -> None:
-        start = {
-            "type": "http.response.start",
-            "status": self.status_code,
-            "headers": self.raw_headers,
-        }
-        has_started = False
+    async def _send_all(self, send: Send, abort: Callable[[], None]) -> None:
+        async with aclosing(self._events):
+            first = await anext(self._events)
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            backlog = _Backlog()
+            backlog.add(first)
+            sender = asyncio.ensure_future(backlog.send_all(send))
+            try:
+                await self._fill(backlog, abort)
+                await sender
+            finally:
+                sender.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
+
+    async def _fill(self, backlog: _Backlog, abort: Callable[[], None]) -> None:
+        """Take all events; one after more than may wait drops the client."""
         try:
-            async with aclosing(self._events):
-                async for data in self._events:
-                    if not has_started:
-                        await send(start)
-                        has_started = True
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                    await asyncio.sleep(0)  # in a burst, too, notice that the client has left
+            async for data in self._events:
+                if backlog.num_bytes > self._max_unread_bytes:
+                    logger.info("dropped a client that left %d bytes unread", backlog.num_bytes)
+                    abort()
+                    await asyncio.Future()  # ends when it is noticed that the client is gone
+                backlog.add(data)
+                await asyncio.sleep(0)  # in a burst, too, send, and notice that the client has left
         except Exception as error:
-            if not has_started:
-                raise
-            data = event(api_error(error).body())
+            backlog.add(event(api_error(error).body()))
+        backlog.end()
+
+
+class _Backlog:
+    """Bytes on their way to a client, in the order they came."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0  # that wait, but for those being sent
+        self._parts: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    def add(self, data: bytes) -> None:
+        """Have `data` sent after what waits."""
+        self.num_bytes += len(data)
+        self._parts.put_nowait(data)
+
+    def end(self) -> None:
+        """Say that there is no more."""
+        self._parts.put_nowait(None)
+
+    async def send_all(self, send: Send) -> None:
+        """Send parts until the end, each when the client has taken what was sent before."""
+        while (data := await self._parts.get()) is not None:
+            self.num_bytes -= len(data)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
