@@ -30,7 +30,7 @@ async def create_chat_completion(request: Request) -> Response:
     params = body.params()
     prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, [prompt], params, body.targets(), arrived_at)
+    job = Job(request_id, [prompt], params, body.targets(), arrived_at, body.cache_salt)
     await service.check(job.prompts, params, job.targets, source="messages")
     if body.stream:
         return EventStream(_events(service, body, job))

@@ -45,7 +45,7 @@ async def _job(service: Service, body: CompletionRequest, arrived_at: float) -> 
         await service.prompt(prompt, special_tokens, bool(body.echo)) for prompt in body.prompt
     ]
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, prompts, params, body.targets(), arrived_at)
+    job = Job(request_id, prompts, params, body.targets(), arrived_at, body.cache_salt)
     await service.check(prompts, params, job.targets)
     return job
 
