@@ -37,7 +37,7 @@ from stallfree.engine.settings import API_KEY_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 AIM = 1.25  # times the least that could be hoped for
-WARM_UP_WORDS = 200
+WARM_UP_WORDS, WARM_UP_SEED, PREFIX_SEED = 200, 2_000_000, 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Load:
 
     def prefix(self, number: int) -> str:
         """A prefix; no two begin alike."""
-        return make_prompt(self.prefix_words, 1_000_000 + number)
+        return make_prompt(self.prefix_words, PREFIX_SEED + number)
 
     def own(self, number: int) -> list[str]:
         """What each request of a round adds."""
@@ -163,7 +163,7 @@ def _run(options: argparse.Namespace, load: Load, *, caches: bool) -> dict[str, 
     with serving([*arguments, *shlex.split(options.serve_args)]) as url:
         key = os.environ.get(API_KEY_VARIABLE)
         target = Target(url, first_model(Target(url, "", key)), key)
-        _send(target, [make_prompt(WARM_UP_WORDS, -1)] * 2, load.output_tokens)
+        _send(target, [make_prompt(WARM_UP_WORDS, WARM_UP_SEED)] * 2, load.output_tokens)
         if not caches:
             print(f"{name}: {load.requests} requests", file=sys.stderr)
             return asdict(_send(target, load.sharing(0), load.output_tokens))
