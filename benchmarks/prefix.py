@@ -96,7 +96,7 @@ def main() -> int:
         one != other
         for one, other in zip(caching["sharing"][0]["texts"], plain["texts"], strict=True)
     )
-    summary = summarize(caching, plain) | {"differing_answers": differing}
+    summary = summarize(caching, plain) | {"differing_answers": float(differing)}
     result = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(["python", *sys.argv]),
