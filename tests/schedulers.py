@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import StaticBudget
@@ -11,9 +13,13 @@ from stallfree.core.scheduler import Scheduler, SchedulerConfig
 
 
 def scheduler(
-    num_blocks: int = 8, block_size: int = 4, policy: str = "sarathi", budget: int = 16
+    num_blocks: int = 8,
+    block_size: int = 4,
+    policy: str = "sarathi",
+    budget: int = 16,
+    **settings: Any,
 ) -> Scheduler:
-    config = SchedulerConfig(policy, max_num_seqs=8, max_model_len=64)
+    config = SchedulerConfig(policy, max_num_seqs=8, max_model_len=64, **settings)
     return Scheduler(config, BlockPool(num_blocks, block_size), StaticBudget(budget))
 
 

@@ -2,14 +2,15 @@
 
 The stand-in for a model is exact: it keeps what each KV slot holds, checks that a chunk finds its
 whole context there, and samples a token that depends on every token before it. So a block table
-that is wrong, a block shared too early or a token run twice shows as a wrong answer.
+that is wrong, a block shared too early or a token run twice shows as a wrong answer. It also keeps
+for whom a slot was computed: nobody reads what was computed for others than those he shares with.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -50,25 +51,33 @@ def answer(prompt: Sequence[int], max_tokens: int, min_tokens: int = 0) -> list[
 
 @dataclass
 class ExactModel:
-    """Remembers the token and the position that each slot holds."""
+    """Remembers the token and the position that each slot holds, and for whom.
 
-    block_size: int
-    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    `circle` says with whom a request may share.
+    """
+
+    pool: BlockPool
+    circle: Callable[[Request], object]
+    slots: dict[int, tuple[int, int, object]] = field(default_factory=dict)
 
     def run(self, batch: Batch) -> list[int]:
         for chunk in batch.chunks:
-            tokens = list(chunk.request.tokens(0, chunk.stop))
+            request, circle = chunk.request, self.circle(chunk.request)
+            tokens = list(request.tokens(0, chunk.stop))
             for position in range(chunk.start, chunk.stop):
-                self.slots[self._slot(chunk.request, position)] = (tokens[position], position)
-            if chunk.request.pending_finish is not None:
+                block = request.block_table[position // self.pool.block_size]
+                assert self.pool.num_holders(block) == 1, "others read what is written"
+                assert self.pool.key_of(block) is None, "what can be found is written"
+                self.slots[self._slot(request, position)] = (tokens[position], position, circle)
+            if request.pending_finish is not None:
                 continue  # nothing of it is used; a batch before this one may have failed
             for position, token in enumerate(tokens):
-                assert self.slots[self._slot(chunk.request, position)] == (token, position)
+                assert self.slots[self._slot(request, position)] == (token, position, circle)
         return [next_token(chunk.request.tokens(0, chunk.stop)) for chunk in batch.sampling]
 
     def _slot(self, request: Request, position: int) -> int:
-        block = request.block_table[position // self.block_size]
-        return block * self.block_size + position % self.block_size
+        block_size = self.pool.block_size
+        return request.block_table[position // block_size] * block_size + position % block_size
 
 
 class RestlessBudget:
@@ -119,6 +128,8 @@ class Setup:
     prefill_order: str
     is_fair: bool
     has_tiers: bool
+    prefix_caching: bool
+    growth_blocks: int
     seed: int
 
 
@@ -137,6 +148,8 @@ setups = st.builds(
     prefill_order=st.sampled_from(sorted(PREFILL_ORDERS)),
     is_fair=st.booleans(),
     has_tiers=st.booleans(),
+    prefix_caching=st.booleans(),
+    growth_blocks=st.integers(0, 2),
     seed=st.integers(0, 2**32),
 )
 
@@ -157,20 +170,46 @@ class Run:
             sequence_pipelining=setup.sequence_pipelining,
             prefill_order=setup.prefill_order,
             is_fair=setup.is_fair,
+            prefix_caching=setup.prefix_caching,
+            growth_blocks=setup.growth_blocks,
         )
         self.budget = RestlessBudget(setup.budget, setup.tile, self.random)
         self.scheduler = Scheduler(config, pool, self.budget)
-        self.model = ExactModel(setup.block_size)
+        self.model = ExactModel(pool, self.circle)
+        self.beginnings = [self.tokens(self.random.randint(8, 28)) for _ in range(3)]
         self.in_flight: list[Batch] = []
         self.requests: list[Request] = []
         self.failed: set[str] = set()
         self.has_lost = False
         self.passed_over: dict[str, int] = {}  # batches without a decode that was ready
 
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCABULARY) for _ in range(count)]
+
+    def circle(self, request: Request) -> object:
+        """What is the same for those who share with `request`."""
+        if POLICIES[self.setup.policy].reserves_context:
+            return request.request_id
+        if self.setup.prefix_caching:
+            return request.cache_salt
+        return request.group or request.request_id
+
+    def prompt(self) -> list[int]:
+        """Random; or it begins as others do, perhaps like an answer that goes on."""
+        random = self.random
+        if random.random() < 0.4:
+            return self.tokens(random.randint(1, 30))
+        old = [[*each.prompt_token_ids, *each.output_token_ids] for each in self.requests[-5:]]
+        beginning = random.choice([*self.beginnings, *old])
+        length = random.randint(1, len(beginning))
+        return (beginning[:length] + self.tokens(random.randint(0, 8)))[:30] or [1]
+
     def arrive(self) -> None:
         random = self.random
         max_tokens = random.randint(1, 12)
-        prompt = [random.randrange(VOCABULARY) for _ in range(random.randint(1, 30))]
+        prompt = self.prompt()
+        cache_salt = random.choice([None, None, "a", "b"])
+        scored = random.choice([None, None, None, 0])
         size = random.choice([1, 1, 1, 3])
         targets = Targets(
             random.choice(sorted(RANKS)) if self.setup.has_tiers else "default",
@@ -182,12 +221,16 @@ class Run:
             request = Request(
                 name,
                 prompt,
-                SamplingParams(max_tokens=max_tokens, min_tokens=random.randint(0, max_tokens)),
+                SamplingParams(
+                    max_tokens=max_tokens,
+                    min_tokens=random.randint(0, max_tokens),
+                    prompt_logprobs=scored if index == 0 else None,
+                ),
                 max_tokens=max_tokens,
                 end_token_ids=frozenset({END_TOKEN}),
                 arrived_at=float(len(self.requests)),
                 group=f"group {len(self.requests) - index}" if size > 1 else None,
-                is_sibling=index > 0,
+                cache_salt=cache_salt,
                 targets=targets,
             )
             if request.max_kv_tokens <= self.scheduler.pool.num_tokens:
@@ -210,9 +253,10 @@ class Run:
 
     def step(self) -> None:
         if len(self.in_flight) < self.setup.depth:
+            waited = list(self.scheduler.waiting)
             batch = self.scheduler.schedule()
             if batch is not None:
-                self.check_batch(batch)
+                self.check_batch(batch, waited)
                 self.in_flight.append(batch)
             else:
                 assert self.in_flight or not self.scheduler.has_requests, "live-lock"
@@ -223,7 +267,7 @@ class Run:
             self.scheduler.complete(batch, self.model.run(batch))
         self.scheduler.check_integrity()
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch, waited: list[Request]) -> None:
         busy = [chunk.request for other in self.in_flight for chunk in other.chunks]
         for chunk in batch.chunks:
             if chunk.request in busy:
@@ -231,13 +275,16 @@ class Run:
                 last = [c for other in self.in_flight for c in other.chunks][::-1]
                 before = next(each for each in last if each.request is chunk.request)
                 assert (before.stop, before.samples) == (chunk.start, False)
+            elif chunk.request in waited and chunk.request.params.prompt_logprobs is not None:
+                assert chunk.start == 0
         self.check_nobody_waits_for_ever(batch, busy)
         assert all(chunk.request.state is RequestState.RUNNING for chunk in batch.chunks)
         assert len(self.scheduler.running) <= self.setup.max_num_seqs
         policy = POLICIES[self.setup.policy]
         if policy.keeps_budget:
             limit = max(self.budget.last, self.budget.last_flex, batch.num_decodes)
-            held_up = [c for c in batch.chunks if c.is_decode and not c.request.is_flex]
+            decodes = [c.request for c in batch.chunks if c.is_decode and c.request not in waited]
+            held_up = [request for request in decodes if not request.is_flex]
             has_flex = any(chunk.request.is_flex for chunk in batch.chunks)
             if not held_up and (self.budget.last <= 0 or has_flex):
                 limit = max(self.setup.tile, limit)  # nobody is held up
@@ -424,6 +471,7 @@ def test_a_policy_changes_nothing() -> None:
             num_running=len(own.running),
             free_blocks=5,
             watermark_blocks=0,
+            growth_blocks=0,
             max_num_seqs=8,
             max_admissions=None,
             token_limit=16,

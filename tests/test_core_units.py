@@ -197,6 +197,7 @@ def view(
     *,
     free_blocks: int = 100,
     watermark: int = 0,
+    growth: int = 0,
     max_num_seqs: int = 100,
     max_admissions: int | None = None,
     tile: int = 1,
@@ -215,6 +216,7 @@ def view(
         num_running=decodes + len(started),
         free_blocks=free_blocks,
         watermark_blocks=watermark,
+        growth_blocks=growth,
         max_num_seqs=max_num_seqs,
         max_admissions=max_admissions,
         token_limit=limit,
@@ -246,6 +248,16 @@ def test_admission_keeps_watermark_places_and_order() -> None:
     assert sizes("sarathi", view(1, (), (5, 5), free_blocks=3, watermark=2, limit=90)) == [1, 5]
     assert sizes("sarathi", view(0, (), (5, 5), free_blocks=2, watermark=2, limit=90)) == [5]
     assert sizes("sarathi", view(2, (), (5,), max_num_seqs=2, limit=90)) == [1, 1]
+
+
+def test_admission_leaves_room_to_grow_for_each_that_runs_and_itself() -> None:
+    state = view(1, (), (5, 5), free_blocks=6, watermark=1, growth=1, limit=90)
+    assert sizes("sarathi", state) == [1, 5, 5]  # 5 left, 1 + 2 spared; then 4 left, 1 + 3
+    state = view(1, (), (5, 5), free_blocks=5, watermark=1, growth=1, limit=90)
+    assert sizes("sarathi", state) == [1, 5]
+    state = view(1, (), (5, 5), free_blocks=3, watermark=1, growth=1, limit=90)
+    assert sizes("sarathi", state) == [1]
+    assert sizes("sarathi", view(0, (), (5,), free_blocks=1, growth=1, limit=90)) == [5]
 
 
 def test_vllm_runs_prompts_or_decodes() -> None:

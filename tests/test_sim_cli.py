@@ -300,3 +300,20 @@ def test_help_says_what_a_simulation_has_and_has_not(command: tuple[str, ...]) -
     text = " ".join(invoke(*command, "--help").output.split())
     assert f"an iteration holds {DEFAULT_TOKEN_BUDGET} tokens on any device" in text
     assert "--fair and --tier are refused" in text
+
+
+def test_replicas_that_keep_prefixes_read_them_once(tmp_path: Path) -> None:
+    """Two prefixes of 160 tokens, twelve prompts of 460: two of them read all."""
+    shared = ("--prefixes", "2,160", "--qps", "1", "--router", "prefix-affine")
+    files = [tmp_path / f"{name}.json" for name in ("without", "with")]
+    without = simulate(*shared, "--replicas", "2", "--output", str(files[0]))
+    keeping = simulate(*shared, "--replicas", "2", "--output", str(files[1]), "--prefix-caching")
+    assert keeping.exit_code == without.exit_code == 0, keeping.output
+    assert "tokens were kept" not in without.output
+    assert "1,600 of 5,520 prompt tokens were kept from before" in keeping.output
+    assert read_json(files[1]).facts["prefix_caching"] is True
+    first, second = (
+        sum(record.token_s[0] - (record.sent_s or 0) for record in read_json(file).records)
+        for file in files
+    )
+    assert second < first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,8 +32,8 @@ RouterOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="round-robin, least-work, or prefix-affine: where the last request of its --prefixes "
-        "went. Simulated replicas keep none: it shows what affinity costs in balance, not what it "
-        "saves.",
+        "went. Where simulated replicas keep none, it shows what affinity costs in balance, not "
+        "what it saves.",
     ),
 ]
 
@@ -44,6 +45,14 @@ def simulate(
     targets: SloSettings,
     replicas: ReplicasOption = 1,
     router: RouterOption = "least-work",
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-caching",
+            help="Let each replica keep the KV of prompts, and not read again what --prefixes "
+            "begin with. Without it all of a prompt is read.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Write everything, with the time of each token."),
@@ -69,9 +78,10 @@ def simulate(
     from stallfree.sim.simulation import simulate as run
 
     check_outputs(output, csv, html)
-    made = system.system(scheduling)
+    made = replace(system.system(scheduling), prefix_caching=prefix_caching)
     arrivals = workload.workload(made.max_model_len)
     facts = _facts(system, scheduling, made) | {"replicas": replicas, "router": router}
+    facts |= {"prefix_caching": True} if prefix_caching else {}
     copies = made.replicas(replicas, workload.workload_seed)
     started = time.perf_counter()
     done = run(arrivals, copies, make_router(router), facts=facts)
@@ -80,6 +90,8 @@ def simulate(
     console = Console()
     print_report(console, done.results, slo)
     _print_replicas(console, done)
+    if prefix_caching:
+        console.print(_hits_line(done), highlight=False)
     num_iterations = sum(replica.num_iterations for replica in done.replicas)
     console.print(speed_line(done.results.end_s, seconds, num_iterations), highlight=False)
     write_results(done.results, slo, output, csv, html)
@@ -132,6 +144,13 @@ def _print_replicas(console: Console, done: Simulation) -> None:
     if is_split:
         meanings = [f"{kind.name}: {kind.value}" for kind in kinds if kind is not Bubble.NO_WORK]
         console.print("; ".join(meanings), highlight=False, soft_wrap=True)
+
+
+def _hits_line(done: Simulation) -> str:
+    schedulers = [replica.scheduler for replica in done.replicas]
+    hits = sum(scheduler.prefix_hits for scheduler in schedulers)
+    queries = sum(scheduler.prefix_queries for scheduler in schedulers)
+    return f"{hits:,} of {queries:,} prompt tokens were kept from before"
 
 
 def speed_line(simulated_s: float, seconds: float, num_iterations: int) -> str:

@@ -50,6 +50,7 @@ class Admission:
             OverloadedError: it is refused.
             InvalidRequestError: it could not be answered within its target by an idle server.
         """
+        scheduler.foresee(request)
         self._check_queue(request, count, scheduler)
         target_s = request.targets.ttft_s
         if self.slo_factor is None:
@@ -60,7 +61,7 @@ class Admission:
         limit_s = self.slo_factor * target_s
         if predicted_s <= limit_s:
             return predicted_s
-        alone_s = _reading_s(request.num_tokens, Load(()), scheduler.budget)
+        alone_s = _reading_s(request.num_unread_tokens, Load(()), scheduler.budget)
         if alone_s is not None and alone_s > limit_s:
             raise InvalidRequestError(
                 f"reading the prompt of {request.num_prompt_tokens} tokens takes {alone_s:.1f} s, "
@@ -88,9 +89,10 @@ class Admission:
         if limit is not None and num_waiting + count > limit + places:
             reason = f"{num_waiting} requests wait, and no more than {limit + places} may"
         limit = self.max_queued_tokens
-        if limit is not None and num_tokens + request.num_prompt_tokens > limit:
+        if limit is not None and num_tokens + request.num_unread_tokens > limit:
+            kind = " that are not cached" if request.num_shared_tokens else ""
             reason = (
-                f"the prompt has {request.num_prompt_tokens} tokens, {num_tokens} wait, and "
+                f"the prompt has {request.num_unread_tokens} tokens{kind}, {num_tokens} wait, and "
                 f"together no more than {limit} may"
             )
         if reason is not None:
@@ -109,7 +111,7 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
     running = [each for each in scheduler.running if request.is_flex or not each.is_flex]
     load, budget = Load(running), scheduler.budget
     num_tokens, num_waiting = scheduler.outlook.tokens_ahead(request)
-    reading_s = _reading_s(num_tokens + request.num_tokens, load, budget)
+    reading_s = _reading_s(num_tokens + request.num_unread_tokens, load, budget)
     pace = budget.pace(load)
     if reading_s is None or pace is None or not running:
         return reading_s

@@ -33,7 +33,7 @@ class Outlook:
         self._answers.append(num_tokens)
 
     def tokens_ahead(self, request: Request) -> tuple[int, int]:
-        """Tokens of prompts that would be read before a new request, and how many of them wait."""
+        """Tokens that would be computed before a new request, and how many prompts of them wait."""
         num_tokens = num_waiting = 0
         prefills = [each for each in self._running if not each.is_decode]
         kinds = (False, True) if request.is_flex else (False,)
@@ -42,7 +42,7 @@ class Outlook:
             for each in self._waiting.in_order(own, True, is_flex=is_flex):
                 if each is request:
                     break
-                num_tokens += 0 if each.is_sibling else each.num_remaining_tokens
+                num_tokens += each.num_unread_tokens
                 num_waiting += each.state is RequestState.WAITING
         return num_tokens, num_waiting
 

@@ -52,6 +52,7 @@ class View:
         num_running: all admitted requests, those in flight too.
         free_blocks: blocks left for admissions.
         watermark_blocks: free blocks that an admission must leave, unless nothing else runs.
+        growth_blocks: and so many more for each request that runs then, itself included.
         max_num_seqs: most admitted requests.
         max_admissions: most that may be admitted in this iteration, `flex` aside, or None.
         token_limit: most tokens of the iteration, or None.
@@ -68,6 +69,7 @@ class View:
     num_running: int
     free_blocks: int
     watermark_blocks: int
+    growth_blocks: int
     max_num_seqs: int
     max_admissions: int | None
     token_limit: int | None
@@ -146,10 +148,13 @@ class Plan:
         return max(0, cut)
 
     def _admits(self, candidate: Candidate) -> bool:
-        watermark = self._view.watermark_blocks if self._num_running else 0
+        spared = 0
+        if self._num_running:
+            growth = self._view.growth_blocks * (self._num_running + 1)
+            spared = self._view.watermark_blocks + growth
         left = self._free_blocks - candidate.num_blocks
         most = None if candidate.request.is_flex else self._view.max_admissions
-        if self._num_running >= self._view.max_num_seqs or left < watermark:
+        if self._num_running >= self._view.max_num_seqs or left < spared:
             return False
         if not self._may_admit or (most is not None and self._num_admitted >= most):
             return False
@@ -213,7 +218,8 @@ class Policy:
         propose: the decision.
         keeps_budget: whether the token budget limits it.
         reserves_context: whether admission takes memory for the longest context, so that it
-            never preempts, rather than for the prompt. Such a policy shares no blocks either.
+            never preempts, rather than for the prompt. Such a policy shares no blocks either, as
+            the systems that it stands for did not.
     """
 
     propose: Callable[[View], list[Proposal]]

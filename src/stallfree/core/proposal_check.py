@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.policies import Proposal
 from stallfree.core.request import Request, RequestState
-from stallfree.core.siblings import Siblings
 
 
 class PolicyError(Exception):
@@ -21,15 +20,15 @@ class PolicyError(Exception):
 def checked_batch(
     proposals: Sequence[Proposal],
     limit: int | None,
-    siblings: Siblings,
+    num_found: Callable[[Request], int],
     may_run: Callable[[Request], bool],
 ) -> Batch:
     """The batch that was proposed, once all of it is found legal.
 
     Args:
-        proposals: of a policy; a request that waits begins after the blocks that it will share.
+        proposals: of a policy.
         limit: most tokens of the iteration, or None; decodes may go beyond it.
-        siblings: who share blocks.
+        num_found: how many tokens of a request that waits are there already: it begins after them.
         may_run: whether a request that was admitted may be in the batch.
 
     Raises:
@@ -45,7 +44,7 @@ def checked_batch(
         if state is RequestState.FINISHED:
             raise PolicyError(f"{request} has ended")
         if state is RequestState.WAITING:
-            start = len(siblings.sharable_blocks(request)) * siblings.block_size
+            start = num_found(request)
         if not 1 <= num_tokens <= size - start:
             raise PolicyError(f"{num_tokens} tokens proposed of {request}")
         samples = start + num_tokens == size

@@ -55,8 +55,8 @@ class Request:
         end_token_ids: the model's own end tokens.
         arrived_at: the engine's clock at arrival, in seconds.
         seed: the seed of this request's own random numbers.
-        group: requests of one group have the same prompt and may share its KV blocks.
-        is_sibling: whether it comes after another of its group, and shares its prompt.
+        group: completions of one prompt are a group.
+        cache_salt: it shares KV blocks only with requests that have the same.
         targets: what it is promised, and whom it goes before.
 
     Attributes:
@@ -65,25 +65,35 @@ class Request:
         num_confirmed_tokens: those of them whose batches came back: what is in flight may yet fail.
         in_flight: batches in flight that hold it; more than one only while it reads its prompt.
         num_prompt_tokens: tokens of the prompt.
+        block_keys: what its full blocks can be found by, as far as that was asked (`prefix_cache`).
+        num_kept_blocks: blocks of its table, from the first on, that were given to others to find.
+        num_found_tokens: while it waits, tokens of its beginning whose KV was there when it came.
+        num_shared_tokens: those, and those after them that others were to compute before it.
+        num_cached_tokens: tokens of its prompt that were there when it was first admitted.
         is_flex: whether it takes only what the others leave.
     """
 
     __slots__ = (
         "arrival",
         "arrived_at",
+        "block_keys",
         "block_table",
+        "cache_salt",
         "end_token_ids",
         "finish_reason",
         "first_scheduled_at",
         "group",
         "in_flight",
         "is_flex",
-        "is_sibling",
         "max_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_confirmed_tokens",
+        "num_found_tokens",
+        "num_kept_blocks",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_shared_tokens",
         "output_token_ids",
         "params",
         "pending_finish",
@@ -105,7 +115,7 @@ class Request:
         arrived_at: float = 0.0,
         seed: int = 0,
         group: str | None = None,
-        is_sibling: bool = False,
+        cache_salt: str | None = None,
         targets: Targets = DEFAULT_TARGETS,
     ) -> None:
         self.request_id = request_id
@@ -117,7 +127,7 @@ class Request:
         self.arrived_at = arrived_at
         self.seed = seed
         self.group = group
-        self.is_sibling = is_sibling
+        self.cache_salt = cache_salt
         self.targets = targets
         self.is_flex = targets.yields
         self.arrival = (arrived_at, sys.maxsize)  # the scheduler breaks ties by order of arrival
@@ -125,6 +135,9 @@ class Request:
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
         self.block_table: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.num_kept_blocks = 0
+        self.num_found_tokens = self.num_shared_tokens = self.num_cached_tokens = 0
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
         self.in_flight = 0
@@ -146,6 +159,11 @@ class Request:
     def num_remaining_tokens(self) -> int:
         """Tokens whose KV is still to be computed; none while a token is being sampled."""
         return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
+
+    @property
+    def num_unread_tokens(self) -> int:
+        """Those of them that it probably has to compute itself."""
+        return self.num_remaining_tokens - self.num_shared_tokens
 
     @property
     def max_kv_tokens(self) -> int:

@@ -16,17 +16,18 @@ from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool, IntegrityError
 from stallfree.core.budget import TokenBudget
 from stallfree.core.fairness import TokenCounters
+from stallfree.core.leaders import without_followers
 from stallfree.core.limits import Limits, limits_of, no_limits
 from stallfree.core.load import Load
+from stallfree.core.memory import Memory
 from stallfree.core.outlook import Outlook
 from stallfree.core.policies import POLICIES, Candidate, View
 from stallfree.core.proposal_check import PolicyError, checked_batch
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.scheduler_config import SchedulerConfig
-from stallfree.core.siblings import Siblings
 from stallfree.core.targets import RANKS
 from stallfree.core.waiting import WaitingQueue
-from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
+from stallfree.errors import ContextLengthError, InvalidRequestError
 
 __all__ = ["PolicyError", "Scheduler", "SchedulerConfig"]
 
@@ -38,6 +39,7 @@ class Scheduler:
         config: see `SchedulerConfig`.
         pool: the KV blocks, all of them free.
         budget: asked for the tokens of each iteration, if the policy keeps one.
+        salt: of the keys of KV blocks, see `PrefixCache`.
 
     Attributes:
         waiting: requests that wait, in order.
@@ -53,7 +55,9 @@ class Scheduler:
         ConfigError: the pool is too small for what the policy reserves for one request.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, budget: TokenBudget) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, budget: TokenBudget, salt: bytes = b""
+    ) -> None:
         self.config = config
         self.pool = pool
         self.budget = budget
@@ -63,26 +67,29 @@ class Scheduler:
         self.running: list[Request] = []
         self.outlook = Outlook(self.running, self.waiting)
         self._requests: dict[str, Request] = {}
-        self._siblings = Siblings(pool.block_size, may_share=not self.policy.reserves_context)
-        watermark = 0 if self.policy.reserves_context else config.watermark
-        self._watermark_blocks = int(watermark * pool.num_blocks)
-        self._context_blocks = pool.blocks_for(config.max_model_len)
+        self._memory = Memory(config, pool, salt)
+        self._cache = self._memory.cache
         self.num_left_waiting = [0] * len(RANKS)
         self.preemptions: Counter[str] = Counter()
+        self._is_pressed = False  # one was preempted for memory, and requests have waited since
         self._num_arrivals = 0
         self._decodes_ran_last = False
         self._left_out: dict[str, int] = {}  # decodes without a share of the last batch, in line
-        if self.policy.reserves_context and self._context_blocks > pool.num_blocks:
-            raise ConfigError(
-                f"scheduler {config.policy} reserves the full context of {config.max_model_len} "
-                f"tokens for each request, but the KV cache holds {pool.num_tokens}: lower "
-                "max_model_len or raise kv_cache_memory"
-            )
 
     @property
     def has_requests(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._requests)
+
+    @property
+    def prefix_queries(self) -> int:
+        """Tokens of prompts that were looked for in the cache when they were first admitted."""
+        return self._memory.num_asked
+
+    @property
+    def prefix_hits(self) -> int:
+        """Those of them whose KV was there."""
+        return self._memory.num_hit
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -95,8 +102,12 @@ class Scheduler:
         self._num_arrivals += 1
         request.arrival = (request.arrived_at, self._num_arrivals)
         self._requests[request.request_id] = request
-        self._siblings.add(request)
+        self._cache.add(request)
         self.waiting.add(request)
+
+    def foresee(self, request: Request) -> None:
+        """Note on a request that is not added yet how much of it will not have to be computed."""
+        self._cache.foresee(request)
 
     def _check_fits(self, request: Request) -> None:
         if request.request_id in self._requests:
@@ -121,6 +132,7 @@ class Scheduler:
         `now` is the engine's clock in seconds.
         """
         num_waiting = len(self.waiting)
+        self._is_pressed &= num_waiting > 0
         ready = self._grow_running()
         may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
         if may_admit:
@@ -132,11 +144,11 @@ class Scheduler:
         proposals = self.policy.propose(self._view(load, limits, may_admit))
         if not proposals:
             return None
-        batch = checked_batch(proposals, limits.most_tokens, self._siblings, self._may_run)
+        batch = checked_batch(proposals, limits.most_tokens, self._memory.num_found, self._may_run)
+        own = [chunk.request for chunk in batch.chunks]
+        self._admit([request for request in own if request.state is RequestState.WAITING])
         for chunk in batch.chunks:
             request = chunk.request
-            if request.state is RequestState.WAITING:
-                self._admit(request)
             if request.first_scheduled_at is None:
                 request.first_scheduled_at = now
             request.in_flight += 1
@@ -160,7 +172,8 @@ class Scheduler:
             flex_prefills=self._candidates(load.prefills, may_admit, is_flex=True),
             num_running=len(self.running),
             free_blocks=self.pool.num_free,
-            watermark_blocks=self._watermark_blocks,
+            watermark_blocks=self._memory.watermark_blocks,
+            growth_blocks=self._growth_blocks,
             max_num_seqs=self.config.max_num_seqs,
             max_admissions=limits.admissions,
             token_limit=limits.tokens,
@@ -180,6 +193,7 @@ class Scheduler:
                 self._end_pending(request)
                 continue
             request.num_confirmed_tokens = chunk.start + chunk.num_tokens
+            self._cache.confirm(request)
             if self.counters is not None:
                 prompt_tokens = 0 if chunk.is_decode else chunk.num_tokens
                 self.counters.charge(request.targets.user, prompt_tokens, token_id is not None)
@@ -202,6 +216,7 @@ class Scheduler:
 
         Requests wait again, in their order, to be computed from their tokens.
         """
+        self.pool.forget()
         for request in {chunk.request for batch in batches for chunk in batch.chunks}:
             request.in_flight = 0
             if request.pending_finish is not None:
@@ -225,9 +240,10 @@ class Scheduler:
         """Check that blocks and requests agree.
 
         Raises:
-            IntegrityError: a block is lost, or held by a request that should hold none.
+            IntegrityError: a block is lost, held by a request that should hold none, or found as
+                what it does not hold.
         """
-        self.pool.check_integrity(request.block_table for request in self._requests.values())
+        self._memory.check_integrity(list(self._requests.values()))
         if {id(request) for request in (*self.waiting, *self.running)} != {
             id(request) for request in self._requests.values()
         }:
@@ -246,13 +262,19 @@ class Scheduler:
             if request.num_tokens <= len(request.block_table) * block_size:
                 ready.append(request)
                 continue
-            missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+            missing = self._memory.missing_blocks(request)
             while missing > self.pool.num_free and request.state is RequestState.RUNNING:
                 self._preempt(next(r for r in reversed(self.running) if not r.in_flight), "memory")
+                self._is_pressed = True
             if request.state is RequestState.RUNNING:
                 request.block_table += self.pool.allocate(missing)
                 ready.append(request)
         return ready
+
+    @property
+    def _growth_blocks(self) -> int:
+        """What admissions leave for each running request."""
+        return self.config.growth_blocks if self._is_pressed else 0
 
     def _may_run(self, request: Request) -> bool:
         """Whether a running request may be in the next batch."""
@@ -281,17 +303,19 @@ class Scheduler:
         """
         if not self.running or not self.running[-1].is_flex or self.policy.reserves_context:
             return ready
-        candidate = next(self._candidates([], may_admit=True, is_flex=False), None)
+        candidate = next(self._in_line([], may_admit=True, is_flex=False), None)
         if candidate is None:
             return ready
         victims = [r for r in reversed(self.running) if r.is_flex and not r.in_flight]
-        most_free = self.pool.num_free + sum(len(victim.block_table) for victim in victims)
-        if most_free - candidate.num_blocks < self._watermark_blocks:
+        watermark, growth = self._memory.watermark_blocks, self._growth_blocks
+        num_staying = len(self.running) - len(victims)
+        if self._memory.most_left(candidate, victims) < watermark + growth * (num_staying + 1):
             return ready  # all of it would not be enough
         for victim in victims:
-            has_place = len(self.running) < self.config.max_num_seqs
-            left = self.pool.num_free - candidate.num_blocks
-            if has_place and left >= self._watermark_blocks:
+            num_running = len(self.running)
+            left = self.pool.num_free - self._memory.blocks_taken(candidate)
+            has_room = left >= watermark + growth * (num_running + 1)
+            if has_room and num_running < self.config.max_num_seqs:
                 break
             self._preempt(victim, "tier")
         return [request for request in ready if request.state is RequestState.RUNNING]
@@ -299,44 +323,44 @@ class Scheduler:
     def _preempt(self, request: Request, cause: str) -> None:
         self.preemptions[cause] += 1
         request.move_to(RequestState.WAITING)
-        self._release_blocks(request)
+        self._memory.release(request)
         request.num_computed_tokens = request.num_confirmed_tokens = 0
         request.num_preemptions += 1
         self.running.remove(request)
+        self._cache.remove(request)
+        self._cache.add(request)
         self.waiting.add(request)
 
     def _candidates(
         self, under_way: Sequence[Request], may_admit: bool, *, is_flex: bool
     ) -> Iterator[Candidate]:
         """Prefills under way and, if some may be admitted, waiting ones: of `flex`, or the rest."""
-        own = [request for request in under_way if request.is_flex == is_flex]
-        for request in self.waiting.in_order(own, may_admit, is_flex=is_flex):
+        for request in self._in_line(under_way, may_admit, is_flex=is_flex):
             if request.state is RequestState.RUNNING:
                 yield Candidate(request, request.num_remaining_tokens)
-            elif not self._siblings.must_wait(request):
-                shared = len(self._siblings.sharable_blocks(request))
+            else:
                 yield Candidate(
                     request,
-                    num_tokens=request.num_tokens - shared * self.pool.block_size,
-                    num_blocks=self._blocks_to_admit(request) - shared,
+                    num_tokens=request.num_tokens - self._memory.num_found(request),
+                    num_blocks=self._memory.blocks_taken(request),
                     is_waiting=True,
                 )
 
-    def _blocks_to_admit(self, request: Request) -> int:
-        if self.policy.reserves_context:
-            return self._context_blocks
-        return self.pool.blocks_for(request.num_tokens)
+    def _in_line(
+        self, under_way: Sequence[Request], may_admit: bool, *, is_flex: bool
+    ) -> Iterator[Request]:
+        """Those that may run or be admitted, in order: not those whose beginning others compute."""
+        own = [request for request in under_way if request.is_flex == is_flex]
+        line = self.waiting.in_order(own, may_admit, is_flex=is_flex)
+        return without_followers(line, self._cache, self.pool, self.running)
 
-    def _admit(self, request: Request) -> None:
-        shared = self._siblings.sharable_blocks(request)
-        blocks = self.pool.allocate(self._blocks_to_admit(request) - len(shared))
-        self.pool.share(shared)
-        request.block_table = [*shared, *blocks]
-        request.num_computed_tokens = len(shared) * self.pool.block_size
-        request.num_confirmed_tokens = request.num_computed_tokens
-        request.move_to(RequestState.RUNNING)
-        self.waiting.remove(request)
-        insort(self.running, request, key=lambda each: (each.targets.rank, each.arrival))
+    def _admit(self, requests: Sequence[Request]) -> None:
+        self._memory.admit(requests)
+        for request in requests:
+            self.waiting.remove(request)
+            request.num_found_tokens = request.num_shared_tokens = 0
+            request.move_to(RequestState.RUNNING)
+            insort(self.running, request, key=lambda each: (each.targets.rank, each.arrival))
 
     def _end_pending(self, request: Request) -> None:
         """End a request that is to end, once no batch holds it."""
@@ -350,10 +374,6 @@ class Scheduler:
         request.finish_reason = reason
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.outlook.note_answer(request.num_output_tokens)
-        self._release_blocks(request)
+        self._memory.release(request)
         del self._requests[request.request_id]
-        self._siblings.remove(request)
-
-    def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        request.block_table = []
+        self._cache.remove(request)

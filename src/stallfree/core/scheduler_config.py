@@ -19,6 +19,11 @@ class SchedulerConfig:
         max_model_len: longest context in tokens, prompt and output together.
         watermark: share of the blocks that admissions leave free for running requests to grow,
             where the policy does not reserve for that.
+        growth_blocks: how many more they leave for each running request, while requests wait, once
+            one was preempted because others grew. Else it would be admitted into the memory that
+            they need next, and preempted again.
+        prefix_caching: whether requests that begin alike share blocks. If not, completions of one
+            prompt still do.
         num_stages: batches that are in flight at once; each takes its share of the decodes.
         sequence_pipelining: whether consecutive chunks of one prompt may be in flight at once.
         prefill_order: a name in `PREFILL_ORDERS`.
@@ -32,6 +37,8 @@ class SchedulerConfig:
     max_num_seqs: int = 128
     max_model_len: int = 4096
     watermark: float = 0.01
+    growth_blocks: int = 1
+    prefix_caching: bool = False
     num_stages: int = 1
     sequence_pipelining: bool = False
     prefill_order: str = "fcfs"

@@ -30,8 +30,9 @@ def _edf(request: Request) -> float:
 
 
 def _srpf(request: Request) -> float:
-    """Remaining tokens less what waiting is worth, but for a part that is the same for all."""
-    return request.num_remaining_tokens + _TOKENS_PER_S * request.arrived_at
+    """Tokens to compute less what waiting is worth, but for a part that is the same for all."""
+    num_tokens = request.num_remaining_tokens - request.num_found_tokens
+    return num_tokens + _TOKENS_PER_S * request.arrived_at
 
 
 # First come, first served; earliest deadline of the first token; shortest remaining prefill, where
@@ -66,7 +67,7 @@ class WaitingQueue:
         return sum(self._num_requests[: rank + 1])
 
     def num_tokens(self, rank: int) -> int:
-        """Tokens of theirs, a prompt that several share counted once."""
+        """Tokens of theirs that are to be computed: what several share is counted once."""
         return sum(self._num_tokens[: rank + 1])
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class WaitingQueue:
     def _count(self, request: Request, sign: int) -> None:
         rank = request.targets.rank
         self._num_requests[rank] += sign
-        self._num_tokens[rank] += 0 if request.is_sibling else sign * request.num_tokens
+        self._num_tokens[rank] += sign * (request.num_tokens - request.num_shared_tokens)
 
     def in_order(
         self, under_way: Iterable[Request], with_waiting: bool, *, is_flex: bool
@@ -145,7 +146,7 @@ class WaitingQueue:
             if following is None:
                 heapq.heappop(heads)
             else:
-                got += entry[-1].num_remaining_tokens
+                got += entry[-1].num_unread_tokens
                 heapq.heapreplace(heads, (got, following, user))
 
     def _queue_of(self, request: Request) -> tuple[int, str]:

@@ -117,6 +117,7 @@ class AsyncEngine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         targets: Targets = DEFAULT_TARGETS,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta | None, None]:
         """Run a request; closing the iterator aborts it within one iteration.
 
@@ -134,7 +135,10 @@ class AsyncEngine:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         stream = _Stream(params.n)
         self._streams[request_id] = stream
-        self._inbox.put(partial(self._add, stream, request_id, prompt_token_ids, params, targets))
+        add = partial(
+            self.engine.add, request_id, prompt_token_ids, params, targets, cache_salt=cache_salt
+        )
+        self._inbox.put(partial(self._add, stream, add))
         num_open = params.n
         try:
             if self.error is not None:  # it died since the check: nobody reads the inbox
@@ -177,16 +181,9 @@ class AsyncEngine:
     def _death(self) -> EngineStoppedError:
         return EngineStoppedError(f"the engine has died: {self.error!r}")
 
-    def _add(
-        self,
-        stream: _Stream,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        targets: Targets,
-    ) -> None:
+    def _add(self, stream: _Stream, add: Callable[[], None]) -> None:
         try:
-            self.engine.add(request_id, prompt_token_ids, params, targets)
+            add()
         except StallfreeError as error:
             stream.put(error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 
@@ -37,6 +38,7 @@ from stallfree.model.source import ModelSource, open_model
 TOKEN_BUDGETS = {"int8": 96, "cpu": 64, "cuda": 512}
 TILE_TOKENS = {"int8": INT8_TILE_TOKENS, "cpu": 16, "cuda": 128}
 DEVICES = ("cpu", "cuda")
+_SALT_BYTES = 32
 
 
 def build_engine(
@@ -114,9 +116,11 @@ def build_engine(
                 sequence_pipelining=settings.sequence_pipelining,
                 prefill_order=settings.prefill_order,
                 is_fair=settings.fair,
+                prefix_caching=settings.prefix_caching,
             ),
             pool,
             _budget(executor, pool, facts, show_progress),
+            salt=os.urandom(_SALT_BYTES),
         )
         engine = Engine(
             scheduler,

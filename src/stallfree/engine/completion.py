@@ -62,6 +62,7 @@ class Completion:
             finish_reason=finish,
             stop_reason=stop_reason,
             scheduled_at=request.first_scheduled_at,
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def _take_prompt_logprobs(self) -> tuple[PositionLogprobs | None, ...] | None:

@@ -138,8 +138,16 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         targets: Targets = DEFAULT_TARGETS,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue `params.n` completions of a prompt.
+
+        Args:
+            request_id: names them; not that of a request that has not ended.
+            prompt_token_ids: the prompt.
+            params: see `SamplingParams`.
+            targets: what they are promised.
+            cache_salt: they share KV blocks only with requests that have the same.
 
         Raises:
             InvalidRequestError: as `check`, or the id is in use.
@@ -151,20 +159,21 @@ class Engine:
         self._num_added += 1
         seed = params.seed if params.seed is not None else mix(self._seed, self._num_added)
         now = self.clock.now()
+        prompt = tuple(prompt_token_ids)
         ids = [f"{request_id}/{index}" for index in range(params.n)]
         requests = []
         for index, own_id in enumerate(ids):
             own = params if index == 0 else dataclasses.replace(params, prompt_logprobs=None)
             request = Request(
                 own_id,
-                prompt_token_ids,
+                prompt,
                 own,
                 max_tokens=max_tokens,
                 end_token_ids=self.end_token_ids,
                 arrived_at=now,
                 seed=mix(seed, index),
                 group=request_id if params.n > 1 else None,
-                is_sibling=index > 0,
+                cache_salt=cache_salt,
                 targets=targets.completed(self._tiers),
             )
             requests.append(request)

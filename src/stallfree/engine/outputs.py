@@ -23,6 +23,7 @@ class Delta:
         stop_reason: the stop string or stop token id that ended it, if one did.
         error: what went wrong, if finish_reason is "error".
         scheduled_at: the engine's clock when the completion was first scheduled.
+        num_cached_tokens: tokens of its prompt whose KV was there then.
     """
 
     request_id: str
@@ -35,3 +36,4 @@ class Delta:
     stop_reason: int | str | None = None
     error: str | None = None
     scheduled_at: float | None = None
+    num_cached_tokens: int = 0

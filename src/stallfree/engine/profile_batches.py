@@ -91,7 +91,8 @@ def measure(
 
     Args:
         executor: its cache is overwritten.
-        pool: says how many blocks there are; nothing is allocated from it.
+        pool: says how many blocks there are; nothing is allocated from it, and what its blocks held
+            is not found any more.
         vocab_size: of the random tokens.
         compositions: those that do not fit into the cache are left out.
         repeats: rounds; one more comes first and does not count.
@@ -100,6 +101,7 @@ def measure(
     Returns:
         Each batch's shape and the seconds that it took, once for each round.
     """
+    pool.forget()
     batches = [batch for each in compositions if (batch := _batch(each, pool, vocab_size))]
     measured = []
     total = len(batches) * (repeats + 1)

@@ -32,7 +32,9 @@ async def create_chat_completion(request: Request) -> Response:
     service.limits.check_params(params, logprobs_field="top_logprobs")
     prompt = await service.chat_prompt(body.messages, bool(body.add_special_tokens))
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, [prompt], params, body.targets(owner_of(request)), arrived_at)
+    owner = owner_of(request)
+    salt = body.salt(owner)
+    job = Job(request_id, [prompt], params, body.targets(owner), arrived_at, salt)
     await service.check(job.prompts, params, job.targets, source="messages")
     if body.stream:
         events = _events(service, body, job)

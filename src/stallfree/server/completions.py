@@ -47,7 +47,7 @@ async def _job(service: Service, body: CompletionRequest, owner: str, arrived_at
         await service.prompt(prompt, special_tokens, bool(body.echo)) for prompt in body.prompt
     ]
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    job = Job(request_id, prompts, params, body.targets(owner), arrived_at)
+    job = Job(request_id, prompts, params, body.targets(owner), arrived_at, body.salt(owner))
     await service.check(prompts, params, job.targets)
     return job
 

@@ -41,10 +41,12 @@ _ERROR = _object(
 )
 _USAGE = _object(
     "scheduling_delay_ms",
+    "prompt_tokens_details",
     prompt_tokens=_INTEGER,
     completion_tokens=_INTEGER,
     total_tokens=_INTEGER,
     scheduling_delay_ms={"type": "number"},
+    prompt_tokens_details=_object(cached_tokens=_INTEGER),
 )
 _CHOICE: dict[str, Schema] = {
     "index": _INTEGER,

@@ -124,7 +124,11 @@ class EngineMetrics(Collector):
         yield _counter(
             "tokens",
             "Tokens that ran: of prompts (again after a preemption), and those of answers.",
-            {"prompt": meter.num_prompt_tokens, "output": meter.num_output_tokens},
+            {
+                "prompt": meter.num_prompt_tokens,
+                "cached": self._engine.scheduler.prefix_hits,
+                "output": meter.num_output_tokens,
+            },
             "kind",
         )
         yield _histogram("iteration_seconds", "Time of an iteration.", {"": meter.iteration_s})

@@ -11,6 +11,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
@@ -26,13 +27,19 @@ PromptLogprobs = tuple[PositionLogprobs | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One HTTP request that is ready to run; `arrived_at` is the engine's clock when it came."""
+    """One HTTP request that is ready to run.
+
+    Attributes:
+        arrived_at: the engine's clock when it came.
+        cache_salt: it shares KV blocks only with requests that have the same.
+    """
 
     request_id: str
     prompts: Sequence[Prompt]
     params: SamplingParams
     targets: Targets = DEFAULT_TARGETS
     arrived_at: float = 0.0
+    cache_salt: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -55,20 +62,24 @@ class Usage:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._num_output_tokens = 0
+        self._num_cached_tokens: dict[str, int] = {}  # of the first completion of each prompt
         self._scheduled_at = math.inf
 
     def add(self, delta: Delta) -> None:
         """Count a delta of any of its choices."""
         self._num_output_tokens += len(delta.token_ids)
+        if delta.index == 0:
+            self._num_cached_tokens[delta.request_id] = delta.num_cached_tokens
         if delta.scheduled_at is not None:
             self._scheduled_at = min(delta.scheduled_at, self._scheduled_at)
 
-    def fields(self) -> dict[str, int | float]:
+    def fields(self) -> dict[str, Any]:
         """OpenAI's count of tokens, and how long the first of its choices waited."""
-        fields: dict[str, int | float] = {
+        fields: dict[str, Any] = {
             "prompt_tokens": self._job.num_prompt_tokens,
             "completion_tokens": self._num_output_tokens,
             "total_tokens": self._job.num_prompt_tokens + self._num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
         }
         if math.isfinite(self._scheduled_at):
             delay_s = self._scheduled_at - self._job.arrived_at
@@ -110,7 +121,9 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
 
     async def run(index: int, prompt: Prompt) -> None:
         request_id = f"{job.request_id}-{index}"
-        deltas = engine.generate(request_id, prompt.token_ids, job.params, job.targets)
+        deltas = engine.generate(
+            request_id, prompt.token_ids, job.params, job.targets, job.cache_salt
+        )
         async with aclosing(deltas):
             async for delta in deltas:
                 if delta is None:

@@ -31,8 +31,11 @@ from stallfree.server.fields import Content, LogitBias, Prompts, Stop, refusal, 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_MESSAGES = 4_096
 MAX_USER_CHARS = 256  # that count
+MAX_CACHE_SALT_CHARS = 256
 
 BodyT = TypeVar("BodyT", bound="Body")
+
+CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 
 
 class Body(BaseModel):
@@ -93,6 +96,7 @@ def _first_error(failure: ValidationError) -> InvalidRequestError:
     field = error.get("ctx", {}).get("field")
     param = _path([*error["loc"], *([field] if field else [])])
     reason = error["msg"].replace("Input should", "it must", 1)
+    reason = reason.replace("String should", "it must", 1)
     match error["type"]:
         case "refusal":
             message = f"{param} {reason}"
@@ -151,6 +155,7 @@ class SamplingBody(Body):
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
     tbt_slo_ms: Annotated[float | None, Field(ge=1)] = None
     ttft_slo_ms: Annotated[float | None, Field(ge=1)] = None
+    cache_salt: CacheSalt | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -190,6 +195,10 @@ class SamplingBody(Body):
             ttft_s=None if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000,
             user=f"{owner}/{user}" if owner and user else owner or user,
         )
+
+    def salt(self, owner: str) -> str | None:
+        """With whom the request shares what was computed: those of the same key and salt."""
+        return f"{owner}/{self.cache_salt or ''}" if owner else self.cache_salt
 
     def sampling_params(
         self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from stallfree.bench.prompts import OWN_WORDS
 from stallfree.bench.records import Failure, Record
+from stallfree.bench.workload import Arrival
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
 from stallfree.core.repeats import num_repeats, repeat
@@ -79,7 +81,7 @@ class Replica:
         self._num_added += 1
         request = Request(
             str(self._num_added),
-            (0,) * arrival.prompt_tokens,  # nobody looks at the tokens
+            self._prompt(arrival),
             _PARAMS,
             max_tokens=arrival.output_tokens,
             arrived_at=at_s,
@@ -97,6 +99,22 @@ class Replica:
         self._records[request.request_id] = request, record
         self.dispatch()
         return True
+
+    def _prompt(self, arrival: Arrival) -> tuple[int, ...]:
+        """Tokens; only with prefix caching does anybody look at them.
+
+        Those that are shared, which are as many as in `bench.prompts`, are alike for one prefix.
+        """
+        count = arrival.prompt_tokens
+        if not self.scheduler.config.prefix_caching:
+            return (0,) * count
+        num_shared = 0
+        if arrival.prefix_id is not None:
+            num_shared = count - min(OWN_WORDS, (count + 1) // 2)
+            if arrival.prefix_tokens is not None:
+                num_shared = min(arrival.prefix_tokens, count - 1)
+        shared, own = 2 * (arrival.prefix_id or 0), 2 * self._num_added + 1
+        return (shared,) * num_shared + (own,) * (count - num_shared)
 
     def dispatch(self) -> None:
         """Submit as many batches as there is room and work for.

@@ -36,6 +36,7 @@ class System:
         max_model_len: longest context in tokens.
         tile_tokens: what prefill chunks are cut to.
         known_times: what a budget with a target begins with; None: fitted to `times`.
+        prefix_caching: whether a replica keeps what prompts begin with.
 
     Raises:
         ConfigError: a setting cannot be simulated.
@@ -47,6 +48,7 @@ class System:
     max_model_len: int
     tile_tokens: int = 1
     known_times: StepTimeModel | None = None
+    prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         if self.settings.fair or self.settings.tier:
@@ -70,6 +72,7 @@ class System:
             self.max_model_len,
             num_stages=times.num_stages,
             prefill_order=own.prefill_order,
+            prefix_caching=self.prefix_caching,
         )
         pool = BlockPool(max(1, self.kv_cache_tokens // BLOCK_TOKENS), BLOCK_TOKENS)
         scheduler = Scheduler(config, pool, self._budget(times))

@@ -1,0 +1,116 @@
+"""Who gets which KV blocks: what is found, what is allocated, what is left for others to grow.
+
+Nothing here decides who is admitted or preempted: the scheduler and its policy do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from stallfree.core.blocks import BlockPool
+from stallfree.core.policies import POLICIES
+from stallfree.core.prefix_cache import PrefixCache, Sharing
+from stallfree.core.request import Request
+from stallfree.core.scheduler_config import SchedulerConfig
+from stallfree.errors import ConfigError
+
+_NOTHING: Mapping[int, int] = {}
+
+
+class Memory:
+    """The block tables of all requests.
+
+    Args:
+        config: says what is reserved, left free and shared.
+        pool: of the blocks.
+        salt: see `PrefixCache`.
+
+    Attributes:
+        cache: finds what was computed before.
+        watermark_blocks: free blocks that an admission leaves.
+        num_asked, num_hit: tokens of prompts that were looked for at their first admission, and
+            those whose KV was there.
+
+    Raises:
+        ConfigError: the pool is too small for what the policy reserves for one request.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, salt: bytes) -> None:
+        self.pool = pool
+        self._reserves = POLICIES[config.policy].reserves_context
+        self._context_blocks = pool.blocks_for(config.max_model_len)
+        if self._reserves and self._context_blocks > pool.num_blocks:
+            raise ConfigError(
+                f"scheduler {config.policy} reserves the full context of {config.max_model_len} "
+                f"tokens for each request, but the KV cache holds {pool.num_tokens}: lower "
+                "max_model_len or raise kv_cache_memory"
+            )
+        sharing = Sharing.ALL if config.prefix_caching else Sharing.GROUPS
+        self.cache = PrefixCache(pool, Sharing.NOTHING if self._reserves else sharing, salt)
+        watermark = 0 if self._reserves else config.watermark
+        self.watermark_blocks = int(watermark * pool.num_blocks)
+        self.num_asked = self.num_hit = 0
+
+    def num_found(self, request: Request) -> int:
+        """Tokens of a request that waits whose KV is there."""
+        return len(self.cache.find(request)) * self.pool.block_size
+
+    def blocks_taken(self, request: Request, released: Mapping[int, int] = _NOTHING) -> int:
+        """Free blocks that an admission takes: all but those that it shares with who holds them.
+
+        Args:
+            request: that is to be admitted.
+            released: how many holders blocks are to lose before that.
+        """
+        found = self.cache.find(request)
+        shared = sum(self.pool.num_holders(block) > released.get(block, 0) for block in found)
+        return self._blocks_of(request) - shared
+
+    def most_left(self, request: Request, victims: Iterable[Request]) -> int:
+        """Free blocks that were left if all `victims` were preempted and `request` admitted."""
+        theirs = Counter(block for victim in victims for block in victim.block_table)
+        freed = sum(self.pool.num_holders(block) == count for block, count in theirs.items())
+        return self.pool.num_free + freed - self.blocks_taken(request, theirs)
+
+    def missing_blocks(self, request: Request) -> int:
+        """Blocks that a running request lacks for its next token."""
+        return self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Give requests their tables, together: what one finds is not allocated to another."""
+        found = [self.cache.find(request) for request in requests]
+        for blocks in found:
+            self.pool.share(blocks)
+        for request, blocks in zip(requests, found, strict=True):
+            new = self.pool.allocate(self._blocks_of(request) - len(blocks))
+            request.block_table = [*blocks, *new]
+            request.num_kept_blocks = len(blocks)
+            request.num_computed_tokens = len(blocks) * self.pool.block_size
+            request.num_confirmed_tokens = request.num_computed_tokens
+            if request.first_scheduled_at is None and self.cache.may_find(request):
+                request.num_cached_tokens = request.num_computed_tokens
+                self.num_asked += request.num_prompt_tokens
+                self.num_hit += request.num_cached_tokens
+
+    def release(self, request: Request) -> None:
+        """Take a request's table back."""
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.num_kept_blocks = 0
+
+    def check_integrity(self, requests: Sequence[Request]) -> None:
+        """Check that blocks and all live requests agree.
+
+        Raises:
+            IntegrityError: a block is lost, held by a request that should hold none, or found as
+                what it does not hold.
+        """
+        self.pool.check_integrity(request.block_table for request in requests)
+        self.cache.check_integrity(requests)
+
+    def _blocks_of(self, request: Request) -> int:
+        """Blocks of its table when it is admitted."""
+        if self._reserves:
+            return self._context_blocks
+        return self.pool.blocks_for(request.num_tokens)
