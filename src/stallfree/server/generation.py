@@ -16,7 +16,6 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.outputs import Delta
-from stallfree.errors import EngineStoppedError, ExecutorError
 from stallfree.executor.output import PositionLogprobs
 from stallfree.server.service import Prompt
 
@@ -165,8 +164,6 @@ async def collect(engine: AsyncEngine, job: Job) -> Outcome:
 
 
 def _checked(delta: Delta) -> Delta:
-    if delta.finish_reason == "error":
-        raise ExecutorError(delta.error)
-    if delta.finish_reason == "abort":
-        raise EngineStoppedError(delta.error)
+    if delta.error is not None:
+        raise delta.error
     return delta
