@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from soak_traffic import OK, Sending, http_request
+from soak_traffic import OK, TOO_LARGE, Sending, http_request
 
 TIMEOUT_S = 600.0
 LINE_BYTES = 64 << 20
@@ -78,7 +78,7 @@ async def exchange(url: str, sending: Sending, answer: Answer) -> str:
         answer.error = f"no answer within {TIMEOUT_S:g} s"
         return BROKEN
     except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-        if not sending.statuses:
+        if not sending.statuses or sending.statuses == TOO_LARGE:  # it is not read to its end
             return REFUSED
         answer.error = f"{type(error).__name__}: {error}"
         return BROKEN

@@ -21,7 +21,7 @@ def promises(result: Mapping[str, Any], slo_ms: float) -> dict[str, tuple[bool, 
     all_ended = sum(ended.values()) == server["added"] and not ended.get("error")
     agree = finished <= by_server <= finished + result["client_uncertain"]
     growth = memory_growth(result["memory_bytes"])
-    p99, worst = result["priority"]["tbt_p99_ms"], max(result["priority"]["tbt_p99_ms_by_window"])
+    p99, windows = result["priority"]["tbt_p99_ms"], result["priority"]["tbt_p99_ms_by_window"]
     left, unexpected = result["left_over"], result["unexpected"]
     num_broken = sum(count for _, outcome, count in result["outcomes"] if outcome == BROKEN)
     return {
@@ -40,8 +40,8 @@ def promises(result: Mapping[str, Any], slo_ms: float) -> dict[str, tuple[bool, 
         ),
         "memory flat within 2 %": (abs(growth) <= MEMORY_SHARE, f"{growth:+.2%}"),
         "P99 of priority within the target": (
-            worst <= slo_ms,
-            f"{p99:.0f} ms, worst window {worst:.0f} ms, target {slo_ms:.0f} ms",
+            all(each <= slo_ms for each in windows),  # one without a token is none
+            f"{p99:.0f} ms, worst window {max(windows):.0f} ms, target {slo_ms:.0f} ms",
         ),
         "nothing left over": (not left, f"{left or 'nothing'}"),
     }

@@ -15,6 +15,7 @@ from typing import Any
 from load import make_prompt
 
 OK, BAD = frozenset({200}), frozenset({400, 404, 405, 413, 415, 422})
+TOO_LARGE = frozenset({413})
 FULL = frozenset({429})  # too much waits, which at twice the capacity is no fault
 ANY: frozenset[int] = frozenset()
 HUGE_BYTES = 3 << 20
@@ -147,7 +148,7 @@ def _too_long(draws: random.Random, body: dict[str, Any]) -> Made:
 
 
 def _huge(draws: random.Random, body: dict[str, Any]) -> Made:
-    return _completion({**body, "prompt": "x" * HUGE_BYTES}), frozenset({413})
+    return _completion({**body, "prompt": "x" * HUGE_BYTES}), TOO_LARGE
 
 
 def _nested(draws: random.Random, body: dict[str, Any]) -> Made:

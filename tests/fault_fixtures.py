@@ -24,6 +24,7 @@ TABLE_VARIABLE = "STALLFREE_FAULTS"  # a file to which the rows of the table of 
 START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
 ENGINE = ("--dtype", "float32", "--threads", "1", "--token-budget", "32", "--block-size", "4")
+ENGINE += ("--kv-cache-memory", "8MiB")
 BODY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 # Differ between two moments of a server, or may.
 _PASSING = ("added", "refused", "ended", "iterations", "iterations_s", "ends", "rss_bytes")
