@@ -56,6 +56,7 @@ class _Parts:
             halves = part.halves()
             self._left.extendleft(reversed(halves))
             if not halves:
+                logger.error("%s cannot be run even alone: %r", _id(part.chunks[0]), error)
                 self._failed[_id(part.chunks[0])] = error
         if len(self._failed) == len(self._batch.chunks):
             raise next(reversed(self._failed.values()))
