@@ -120,7 +120,7 @@ def _random_body(draws: random.Random, body: dict[str, Any]) -> Made:
 
 def _wrong_type(draws: random.Random, body: dict[str, Any]) -> Made:
     field = draws.choice(("max_tokens", "temperature", "n", "stream", "stop", "prompt", "top_p"))
-    value = draws.choice(({"a": 1}, [[[]]], -(10**30), [None]))
+    value: Any = draws.choice(({"a": 1}, [[[]]], -(10**30), [None]))
     return _completion({**body, field: value}), BAD
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ SCRIPT = Path(__file__).with_name("fault_process.py")
 TABLE_VARIABLE = "STALLFREE_FAULTS"  # a file to which the rows of the table of faults are added
 START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
-ENGINE = ("--dtype", "float32", "--threads", "1", "--token-budget", "32", "--block-size", "4")
-ENGINE += ("--kv-cache-memory", "8MiB")
+ENGINE = (
+    *("--dtype", "float32", "--threads", "1", "--token-budget", "32"),
+    *("--block-size", "4", "--kv-cache-memory", "8MiB"),
+)
 BODY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 # Differ between two moments of a server, or may.
 _PASSING = ("added", "refused", "ended", "iterations", "iterations_s", "ends", "rss_bytes")
@@ -32,8 +34,9 @@ _PASSING = ("added", "refused", "ended", "iterations", "iterations_s", "ends", "
 
 def model_in(folder: Path, max_position_embeddings: int = 4096) -> Path:
     """A tiny model."""
-    config = {"initializer_range": 0.2, "max_position_embeddings": max_position_embeddings}
-    return save_tiny_model(folder / "tiny", "qwen2", **config)
+    return save_tiny_model(
+        folder / "tiny", initializer_range=0.2, max_position_embeddings=max_position_embeddings
+    )
 
 
 def seconds_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> float:
@@ -136,7 +139,9 @@ def server(
     log = model.parent / f"server-{time.monotonic_ns()}.txt"
     process = start(model, *arguments, port=port, environment=environment, engine=engine, log=log)
     try:
-        yield wait_for(process, log)
+        own = wait_for(process, log)
+        with closing(own.http):
+            yield own
     finally:
         process.kill()
         process.wait()

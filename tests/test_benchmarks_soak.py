@@ -147,7 +147,7 @@ def test_memory_growth_leaves_the_warm_up_out() -> None:
 
 
 def test_the_page_of_faults() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"fault": "a", "seen": "b", "lost": "nothing", "healthy": 0.01},
         {"fault": "c", "seen": "d", "lost": "nothing", "healthy": 3.14},
         {"fault": "e", "seen": "f", "lost": "g", "healthy": "a restart"},

@@ -94,7 +94,8 @@ def test_a_stuck_scheduler_is_never_silent(engine: Engine) -> None:
 def test_completions_of_a_prompt_are_added_together_or_not_at_all(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, added = engine.scheduler.add, []
+    add = engine.scheduler.add
+    added: list[Request] = []
 
     def add_two(request: Request) -> None:
         if len(added) == 2:

@@ -173,13 +173,13 @@ class Engine:
             raise
         if predicted_s is not None:
             self._predicted_s[ids[0]] = predicted_s
-        own = self._request_ids[request_id] = []
+        added = self._request_ids[request_id] = []
         try:
             for index, request in enumerate(requests):
                 completion = Completion(request_id, index, request, self.tokenizer)
                 self.scheduler.add(request)
                 self._completions[request.request_id] = completion
-                own.append(request.request_id)
+                added.append(request.request_id)
                 self.observers.added(request)
         except BaseException:  # all of them or none
             self.abort(request_id)
