@@ -21,7 +21,7 @@ from tiny import save_tiny_model
 
 SCRIPT = Path(__file__).with_name("fault_process.py")
 TABLE_VARIABLE = "STALLFREE_FAULTS"  # a file to which the rows of the table of faults are added
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0  # a busy machine may have kernels to compile
 TIMEOUT_S = 60.0
 ENGINE = (
     *("--dtype", "float32", "--threads", "1", "--token-budget", "32"),

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fault_fixtures import ENGINE, Stream, model_in, note, seconds_until, server, start, stop
+from fault_process import DAY_S
 from tiny_models import byte_level_vocabulary, write_gguf
 
 from stallfree.cache import cache_folder
@@ -56,6 +58,7 @@ def fill(disk: Path) -> Path:
 
 
 @needs_int8
+@pytest.mark.timeout(1200)
 def test_a_cache_on_a_full_disk(model: Path, disk: Path) -> None:
     """What is compiled is there, so that the test is short; nothing else can be kept."""
     with server(model, "--tbt-slo", "200ms", engine=INT8) as own:  # compiles, if need be
@@ -143,6 +146,7 @@ def test_no_room_for_the_iteration_file_at_the_start(model: Path, tmp_path: Path
     note("the iteration file is on a full disk at the start", seen=seen, healthy="a restart")
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["float32", pytest.param("int8", marks=needs_int8), "gguf"])
 def test_the_model_vanishes_while_it_is_served(tmp_path: Path, kind: str) -> None:
     """Its files, and those of the cache, are cut short and removed: neither is mapped any more."""
@@ -191,8 +195,7 @@ def test_the_time_of_day_jumps(model: Path) -> None:
         whole = own.complete(max_tokens=500).json()
         assert whole["choices"][0]["text"] == expected
         assert 0 <= whole["usage"]["scheduling_delay_ms"] < 60_000
-        again = own.complete(max_tokens=500).json()
-        assert abs(again["created"] - whole["created"]) > 80_000  # it did jump
+        assert abs(whole["created"] - time.time()) > DAY_S / 2  # it did jump
         own.check_nothing_left(before)
         assert stop(own) == 0
     note("the time of day jumps by a day, and back", seen="`created` follows it", healthy=0.0)

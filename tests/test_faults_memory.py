@@ -46,8 +46,8 @@ def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
 def test_a_request_that_finds_no_memory_is_refused(tmp_path: Path) -> None:
     """See `test_faults_components.py` for one that fails alone; here many come at once."""
     with server(model_in(tmp_path)) as own:
-        before = own.left()
         expected = own.text(max_tokens=200)
+        before = own.left()
         own.fault("memory")
         struck = [Stream(own, [5, 77, i], max_tokens=50) for i in range(8)]
         others = [Stream(own, max_tokens=200) for _ in range(4)]

@@ -85,6 +85,7 @@ def wait_for_a_half_written_file(process: subprocess.Popen[bytes], *patterns: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not is_supported(), reason="this processor cannot run int8 models")
 def test_a_first_start_is_killed_at_any_moment(model: Path, cache: Path, tmp_path: Path) -> None:
     """It rounds weights and measures a profile, and is killed before, while and after it does."""
