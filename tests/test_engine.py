@@ -10,10 +10,13 @@ import torch
 from engine_fixtures import GREEDY, Failing, tiny_settings
 
 from stallfree import LLM, SamplingParams
+from stallfree.core.blocks import IntegrityError
+from stallfree.core.request import Request
 from stallfree.engine.build import build_engine
 from stallfree.engine.engine import Engine
 from stallfree.engine.outputs import Delta
 from stallfree.engine.settings import EngineSettings
+from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import ConfigError, EngineError, InvalidRequestError
 
 
@@ -86,6 +89,70 @@ def test_a_stuck_scheduler_is_never_silent(engine: Engine) -> None:
     engine.scheduler.policy = dataclasses.replace(engine.scheduler.policy, propose=lambda view: [])
     with pytest.raises(EngineError, match="stuck"):
         engine.step()
+
+
+def test_completions_of_a_prompt_are_added_together_or_not_at_all(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = engine.scheduler.add
+    added: list[Request] = []
+
+    def add_two(request: Request) -> None:
+        if len(added) == 2:
+            raise RuntimeError("the third one fails")
+        added.append(request)
+        add(request)
+
+    monkeypatch.setattr(engine.scheduler, "add", add_two)
+    three = dataclasses.replace(GREEDY, n=3)
+    with pytest.raises(RuntimeError, match="third"):
+        engine.add("several", [1, 2, 3], three)
+    assert len(added) == 2
+    assert not engine.has_requests
+    monkeypatch.undo()
+    engine.add("several", [1, 2, 3], three)
+    deltas: list[Delta] = []
+    while engine.has_requests:
+        deltas += engine.step()
+    assert [delta.finish_reason for delta in deltas].count("length") == 3
+    engine.scheduler.check_integrity()
+
+
+def test_a_text_that_cannot_be_made_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_bytes = Tokenizer.token_bytes
+    engine.add("other", [1, 2, 3], GREEDY)
+    engine.add("struck", [1, 2, 3], dataclasses.replace(GREEDY, logit_bias={5: 100.0}))
+
+    def fails_on_5(self: Tokenizer, token_id: int) -> bytes:
+        if token_id == 5:
+            raise RuntimeError("no such token")
+        return token_bytes(self, token_id)
+
+    monkeypatch.setattr(Tokenizer, "token_bytes", fails_on_5)
+    deltas: list[Delta] = []
+    while engine.has_requests:
+        deltas += engine.step()
+    [struck] = [delta for delta in deltas if delta.request_id == "struck"]
+    assert struck.finish_reason == "error"
+    assert "RuntimeError: no such token" in str(struck.error)
+    assert [delta.finish_reason for delta in deltas].count("length") == 1
+    engine.scheduler.check_integrity()
+
+
+def test_a_lost_block_is_noticed_once_the_engine_idles(engine: Engine) -> None:
+    engine.add("one", [1, 2, 3], GREEDY)
+    while engine.has_requests:
+        engine.step()
+    engine.tend()
+    engine.scheduler.pool.allocate(1)
+    engine.tend()  # nothing ran since it looked
+    engine.add("two", [1, 2, 3], GREEDY)
+    while engine.has_requests:
+        engine.step()
+    with pytest.raises(IntegrityError, match="1 holders counted, 0 found"):
+        engine.tend()
 
 
 @pytest.mark.parametrize(

@@ -145,5 +145,7 @@ def generate(
     made: dict[str, list[int | str]] = {name: [] for name in prompts}
     while engine.has_requests:
         for delta in engine.step():
-            made[delta.request_id] += [*delta.token_ids] if delta.error is None else [delta.error]
+            made[delta.request_id] += (
+                [*delta.token_ids] if delta.error is None else [str(delta.error)]
+            )
     return made

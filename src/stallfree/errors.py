@@ -12,6 +12,7 @@
     ├── EndpointError                  a server that is to be measured cannot be
     └── EngineError                    a request that was accepted cannot be finished
         ├── ExecutorError              the iteration that held the request failed
+        │   └── OutOfMemoryError       there was no memory to run it
         ├── WorkersLostError           a process of the model has ended, or does not answer
         └── EngineStoppedError         the engine is draining, stopped or dead
 
@@ -78,6 +79,10 @@ class EngineError(StallfreeError):
 
 class ExecutorError(EngineError):
     """The iteration that held the request failed; other requests go on."""
+
+
+class OutOfMemoryError(ExecutorError):
+    """There was no memory to run the request, even alone; later there may be."""
 
 
 class WorkersLostError(EngineError):

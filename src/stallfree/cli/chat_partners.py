@@ -55,7 +55,7 @@ class LocalPartner:
                 if interrupted.is_set():
                     raise KeyboardInterrupt
                 if delta.error is not None:
-                    raise EngineError(delta.error)
+                    raise delta.error
                 yield delta.text
 
 

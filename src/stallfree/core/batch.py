@@ -50,3 +50,24 @@ class Batch:
         self.num_tokens = sum([chunk.num_tokens for chunk in self.chunks])
         self.num_decodes = sum([chunk.is_decode for chunk in self.chunks])
         self.sampling = tuple([chunk for chunk in self.chunks if chunk.samples])
+
+    def halves(self) -> tuple[Batch, ...]:
+        """The batch in two, to be run one after the other; none if it is a single token.
+
+        Decodes are parted from prompts first, then the earlier half of the requests from the later
+        one. Of a single prompt, the tokens are halved.
+        """
+        chunks = self.chunks
+        first = [chunk for chunk in chunks if chunk.is_decode]
+        second = [chunk for chunk in chunks if not chunk.is_decode]
+        if not (first and second) and len(chunks) > 1:
+            middle = len(chunks) // 2
+            first, second = list(chunks[:middle]), list(chunks[middle:])
+        elif len(chunks) == 1:
+            chunk, half = chunks[0], chunks[0].num_tokens // 2
+            if half == 0:
+                return ()
+            first = [chunk._replace(num_tokens=half, samples=False)]
+            rest = chunk.num_tokens - half
+            second = [chunk._replace(start=chunk.start + half, num_tokens=rest)]
+        return Batch(first, self.token_limit), Batch(second, self.token_limit)

@@ -21,7 +21,12 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.outputs import Delta
-from stallfree.errors import EngineStoppedError, InvalidRequestError, StallfreeError
+from stallfree.errors import (
+    EngineError,
+    EngineStoppedError,
+    ExecutorError,
+    InvalidRequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +40,9 @@ class _Stream:
     def __init__(self, num_completions: int) -> None:
         self.open = set(range(num_completions))  # completions that have not ended
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Delta | StallfreeError | None] = asyncio.Queue()
+        self._items: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
-    def put(self, item: Delta | StallfreeError | None) -> None:
+    def put(self, item: Delta | Exception | None) -> None:
         """Deliver from the engine's thread: a delta, why it was refused, or None: accepted."""
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
@@ -47,7 +52,7 @@ class _Stream:
     async def get(self) -> Delta | None:
         """What is next; raises why the request was refused."""
         item = await self._items.get()
-        if isinstance(item, StallfreeError):
+        if isinstance(item, Exception):
             raise item
         return item
 
@@ -170,7 +175,7 @@ class AsyncEngine:
     def _abort_all(self) -> None:
         for request_id in list(self._streams):
             self._inbox.put(partial(self.engine.abort, request_id))
-        self._end_all("abort", "the server is shutting down")
+        self._end_all("abort", EngineStoppedError("the server is shutting down"))
 
     def _check_accepting(self) -> None:
         if self.error is not None:
@@ -184,7 +189,7 @@ class AsyncEngine:
     def _add(self, stream: _Stream, add: Callable[[], None]) -> None:
         try:
             add()
-        except StallfreeError as error:
+        except Exception as error:  # one that is not expected is its client's alone, too
             stream.put(error)
         else:
             stream.put(None)
@@ -198,14 +203,14 @@ class AsyncEngine:
             while True:
                 self._take_commands()
                 if self._stopping:
-                    self._end_all("abort", "the engine was stopped")
+                    self._end_all("abort", EngineStoppedError("the engine was stopped"))
                     return
                 for delta in self.engine.step():
                     self._deliver(delta)
         except BaseException as error:
             logger.exception("the engine has died")
             self.error = error
-            self._end_all("error", f"the engine has died: {error!r}")
+            self._end_all("error", ExecutorError(f"the engine has died: {error!r}"))
             if self.on_death is not None:
                 self.on_death(error)
         finally:
@@ -228,7 +233,7 @@ class AsyncEngine:
                 stream.open.discard(delta.index)
             stream.put(delta)
 
-    def _end_all(self, reason: str, error: str) -> None:
+    def _end_all(self, reason: str, error: EngineError) -> None:
         for request_id, stream in list(self._streams.items()):
             for index in sorted(stream.open):
                 stream.put(Delta(request_id, index, "", finish_reason=reason, error=error))

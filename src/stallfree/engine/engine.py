@@ -25,7 +25,9 @@ from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import (
     EngineError,
+    ExecutorError,
     InvalidRequestError,
+    OutOfMemoryError,
     OverloadedError,
     WorkersLostError,
 )
@@ -90,6 +92,7 @@ class Engine:
         self._losses = Losses() if restarts else None
         self._seed = seed
         self._num_added = 0
+        self._is_checked = True  # that no KV block is lost, since the last step
         self._completions: dict[str, Completion] = {}  # by the scheduler's request id
         self._request_ids: dict[str, list[str]] = {}  # ours to the scheduler's
         self._predicted_s: dict[str, float] = {}  # to the first token, by the scheduler's id
@@ -184,12 +187,19 @@ class Engine:
             raise
         if predicted_s is not None:
             self._predicted_s[ids[0]] = predicted_s
-        self._request_ids[request_id] = ids
-        for index, request in enumerate(requests):
-            own_id = request.request_id
-            self._completions[own_id] = Completion(request_id, index, request, self.tokenizer)
-            self.scheduler.add(request)
-            self.observers.added(request)
+        added = self._request_ids[request_id] = []
+        try:
+            for index, request in enumerate(requests):
+                completion = Completion(request_id, index, request, self.tokenizer)
+                self.scheduler.add(request)
+                self._completions[request.request_id] = completion
+                added.append(request.request_id)
+                self.observers.added(request)
+        except BaseException:  # all of them or none
+            self.abort(request_id)
+            self._request_ids.pop(request_id, None)
+            self._predicted_s.pop(ids[0], None)
+            raise
 
     def abort(self, request_id: str) -> None:
         """End all completions of a request; unknown ids are ignored, as it may just have ended."""
@@ -202,11 +212,15 @@ class Engine:
             self._workers.close()
 
     def tend(self) -> None:
-        """Notice, while there are no requests, that what runs the model was lost.
+        """Look after the engine while there are no requests.
 
         Raises:
-            WorkersLostError: see `step`.
+            WorkersLostError: what runs the model was lost; see `step`.
+            IntegrityError: a KV block was lost since it last idled.
         """
+        if not self._is_checked:
+            self.scheduler.check_integrity()
+            self._is_checked = True
         if self._workers is None:
             return
         try:
@@ -228,6 +242,7 @@ class Engine:
             if self.has_requests:
                 raise EngineError("no request can be scheduled: the scheduler is stuck")
             return []
+        self._is_checked = False
         iteration = self._loop.collect()
         batch, error = iteration.batch, iteration.error
         if isinstance(error, WorkersLostError):
@@ -246,9 +261,18 @@ class Engine:
         if not self.has_requests:
             self._note_room()
         seconds = self._loop.observe(iteration)
-        if self._iteration_file is not None:
-            self._iteration_file.write(batch, seconds)
+        self._note(batch, seconds)
         return deltas
+
+    def _note(self, batch: Batch, seconds: float) -> None:
+        """Write an iteration down, if that is asked for; nobody's answer depends on it."""
+        if self._iteration_file is None:
+            return
+        try:
+            self._iteration_file.write(batch, seconds)
+        except Exception:
+            logger.exception("iterations are noted no more")
+            self._iteration_file = None
 
     def _tell_of(self, iteration: Iteration) -> None:
         record = IterationRecord(
@@ -272,9 +296,11 @@ class Engine:
             raise error
         logger.error("the workers are started anew: %s", error)
         self._restart(self._workers)
-        message = f"the workers that ran this request were lost again and again: {error}"
+        reason = ExecutorError(
+            f"the workers that ran this request were lost again and again: {error}"
+        )
         own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
-        return [self._failure(each, message) for each in own if each is not None]
+        return [self._failure(each, reason) for each in own if each is not None]
 
     def _restart(self, workers: WorkerPipeline) -> None:
         """Begin anew, again if a worker is lost even while it starts."""
@@ -293,15 +319,23 @@ class Engine:
             if own_id in self._completions:
                 self._completions[own_id].add_prompt_logprobs(chunk.start, logprobs)
         deltas = []
+        for own_id, error in output.failed.items():
+            if own_id in self._completions:
+                deltas.append(self._failure(self._completions[own_id], _reason(error)))
         for chunk, sample in zip(batch.sampling, output.samples, strict=True):
             completion = self._completions.get(chunk.request.request_id)
-            if completion is None:  # aborted while it was in flight
+            if completion is None:  # it failed, or was aborted while it was in flight
                 continue
             if sample.error is not None:
-                deltas.append(self._failure(completion, sample.error))
+                deltas.append(self._failure(completion, ExecutorError(sample.error)))
                 continue
             self._log_first_token(completion.request)
-            delta = completion.add(sample)
+            try:
+                delta = completion.add(sample)
+            except Exception as error:
+                logger.exception("the text of %s cannot be made", completion.request.request_id)
+                deltas.append(self._failure(completion, _reason(error)))
+                continue
             if delta.finish_reason is not None:
                 self._finish(completion, FinishReason.STOP)
             deltas.append(delta)
@@ -317,18 +351,18 @@ class Engine:
             first_token_logger.info(message, request.request_id, tier, predicted_s, came_s)
 
     def _fail(self, batch: Batch, error: BaseException) -> list[Delta]:
-        message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
+        reason = _reason(error)
         completions = [self._completions.get(chunk.request.request_id) for chunk in batch.chunks]
-        return [self._failure(each, message) for each in completions if each is not None]
+        return [self._failure(each, reason) for each in completions if each is not None]
 
-    def _failure(self, completion: Completion, message: str) -> Delta:
+    def _failure(self, completion: Completion, error: EngineError) -> Delta:
         self._finish(completion, FinishReason.ERROR)
         return Delta(
             completion.request_id,
             completion.index,
             "",
             finish_reason=FinishReason.ERROR.value,
-            error=message,
+            error=error,
         )
 
     def _finish(self, completion: Completion, reason: FinishReason) -> None:
@@ -342,3 +376,9 @@ class Engine:
         siblings.remove(request.request_id)
         if not siblings:
             del self._request_ids[completion.request_id]
+
+
+def _reason(error: BaseException) -> ExecutorError:
+    """What is said of a request that failed with `error`."""
+    message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
+    return OutOfMemoryError(message) if isinstance(error, MemoryError) else ExecutorError(message)

@@ -40,5 +40,8 @@ class IterationFile:
         context = round(shape.decode_context / decodes) if decodes else 0
         tokens = shape.num_tokens - decodes
         row = (f"{seconds:.6f}", tokens, shape.prefill_context, decodes, context, shape.num_sampled)
-        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(",".join(map(str, row)) + "\n")
+        line = (",".join(map(str, row)) + "\n").encode()
+        with suppress(OSError), self._path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) < len(line):
+                file.truncate(size)  # rather no line than half of one

@@ -15,7 +15,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.build import build_engine
 from stallfree.engine.outputs import Delta
 from stallfree.engine.settings import EngineSettings
-from stallfree.errors import ExecutorError, InvalidRequestError
+from stallfree.errors import InvalidRequestError
 from stallfree.executor.output import PositionLogprobs
 
 Prompt = str | Sequence[int]
@@ -195,7 +195,7 @@ class LLM:
         taken = [waiting.popleft() for _ in range(len(waiting))]
         for delta in taken:
             if delta.error is not None:
-                raise ExecutorError(delta.error)
+                raise delta.error
         return taken
 
     def _close(self, request_id: str) -> None:

@@ -16,6 +16,7 @@ from stallfree.core.scheduler import Scheduler
 from stallfree.engine.clock import Clock
 from stallfree.errors import WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, Pipeline
+from stallfree.executor.parts import run_in_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,9 @@ class Loop:
         for chunk, sample in zip(batch.sampling, output.samples, strict=True):
             if sample.error is not None:
                 self.scheduler.finish(chunk.request, FinishReason.ERROR)
+        for chunk in batch.chunks if output.failed else ():
+            if chunk.request.request_id in output.failed:
+                self.scheduler.finish(chunk.request, FinishReason.ERROR)
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
         return Iteration(batch, started_s, output)
 
@@ -105,6 +109,8 @@ class Loop:
 
 class OneStage:
     """A `Pipeline` of one stage: an executor that runs a batch when it is collected.
+
+    A batch that fails is run in parts, as nothing else is in flight.
 
     Args:
         executor: gives the executor, asked each time.
@@ -124,4 +130,4 @@ class OneStage:
         """Run it."""
         batch, self._batch = self._batch, None
         assert batch is not None, "nothing was submitted"
-        return self._executor().execute(batch)
+        return run_in_parts(self._executor(), batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stallfree.errors import EngineError
 from stallfree.executor.output import PositionLogprobs
 
 
@@ -21,7 +22,7 @@ class Delta:
             the first delta of index 0.
         finish_reason: "stop", "length", "abort" or "error" in the last delta, else None.
         stop_reason: the stop string or stop token id that ended it, if one did.
-        error: what went wrong, if finish_reason is "error".
+        error: what went wrong, if finish_reason is "error" or "abort".
         scheduled_at: the engine's clock when the completion was first scheduled.
         num_cached_tokens: tokens of its prompt whose KV was there then.
     """
@@ -34,6 +35,6 @@ class Delta:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: EngineError | None = None
     scheduled_at: float | None = None
     num_cached_tokens: int = 0

@@ -45,17 +45,24 @@ class ExecutorOutput:
         prompt_logprobs: by request id, for requests that asked, the prompt positions
             `chunk.start + 1` to `chunk.stop` (position 0 has no prediction), as far as they are
             in the prompt.
+        failed: by request id, why a chunk could not be run even alone, while others could; its
+            sample, if there is one, means nothing.
     """
 
     samples: tuple[Sample, ...]
     prompt_logprobs: Mapping[str, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
+    failed: Mapping[str, Exception] = field(default_factory=dict)
 
 
 class Executor(Protocol):
     """Runs batches. It keeps nothing about a request but its KV, in the blocks of its table."""
 
     def execute(self, batch: Batch) -> ExecutorOutput:
-        """Run `batch` and sample. Any exception fails the requests of the batch, and only them."""
+        """Run `batch` and sample; after any exception, a part of it may be run again.
+
+        Raises:
+            MemoryError: there is no memory for the batch; for a smaller one there may be.
+        """
         ...
 
 

@@ -13,6 +13,7 @@ from stallfree.executor.step import SampledRow, ScoredRows, Step, step_of
 from stallfree.model.model_input import ModelInput
 from stallfree.model.sampler import likeliest, sample
 
+_NO_MEMORY = "DefaultCPUAllocator"  # what PyTorch's errors name when the CPU's memory is used up
 LOGIT_ROWS = 64  # rows of logits held at once where a prompt's log probabilities are asked for
 
 
@@ -34,9 +35,18 @@ class TorchExecutor:
         self.cache = cache
 
     def execute(self, batch: Batch) -> ExecutorOutput:
-        """Run the batch as one packed forward pass, then sample."""
+        """Run the batch as one packed forward pass, then sample.
+
+        Raises:
+            MemoryError: there is no memory for it.
+        """
         step = step_of(batch)
-        return self.finish(step, self.forward(step))
+        try:
+            return self.finish(step, self.forward(step))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+                raise MemoryError(str(error)) from None
+            raise
 
     def forward(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (T, hidden) after the layers of the decoder: see `Decoder.forward`."""

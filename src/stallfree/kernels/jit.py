@@ -62,5 +62,15 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 def entry(function: Callable[..., Any]) -> Any:
-    """As `compiled`, for what Python calls; its machine code is kept on disk."""
-    return numba.njit(cache=True, **_OPTIONS)(function)
+    """As `compiled`, for what Python calls; its machine code is kept on disk, if there is room."""
+    made = numba.njit(cache=True, **_OPTIONS)(function)
+    save = made._cache.save_overload  # Numba lets the error of a full disk end the call
+
+    def save_if_possible(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)
+
+    made._cache.save_overload = save_if_possible
+    return made

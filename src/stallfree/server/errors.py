@@ -16,6 +16,7 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    OutOfMemoryError,
     OverloadedError,
     StallfreeError,
     TokenizerError,
@@ -87,6 +88,9 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=retry_after)
         case EngineStoppedError():
             message = "the server is stopping and cannot take or finish this request"
+            return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
+        case OutOfMemoryError():
+            message = "the server has no memory to run this request; a shorter one may run"
             return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
         case ExecutorError():
             return ApiError(500, "the iteration that held this request failed; the log says why")

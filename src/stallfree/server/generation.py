@@ -17,7 +17,6 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.outputs import Delta
-from stallfree.errors import EngineStoppedError, ExecutorError
 from stallfree.executor.output import PositionLogprobs
 from stallfree.server.request_note import GenerationNote, current_note
 from stallfree.server.service import Prompt
@@ -199,8 +198,6 @@ def _begin_note(job: Job) -> GenerationNote:
 
 
 def _checked(delta: Delta) -> Delta:
-    if delta.finish_reason == "error":
-        raise ExecutorError(delta.error)
-    if delta.finish_reason == "abort":
-        raise EngineStoppedError(delta.error)
+    if delta.error is not None:
+        raise delta.error
     return delta

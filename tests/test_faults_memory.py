@@ -1,0 +1,62 @@
+"""A server process whose memory is limited: what is too large at once is run in parts."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+from fault_fixtures import Stream, model_in, note, seconds_until, server, stop
+from tiny import save_tiny_model
+
+PROMPT = [9, 11, 13, 17] * 450
+HEADROOM = 96 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a wide layer: 2,000 tokens at once take 500 MB there."""
+    folder = tmp_path_factory.mktemp("memory") / "wide"
+    return save_tiny_model(
+        folder, initializer_range=0.2, intermediate_size=32_768, max_position_embeddings=4096
+    )
+
+
+def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
+    engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
+    with server(model, "--kv-cache-memory", "8MiB", engine=engine) as own:
+        expected = own.text(PROMPT, max_tokens=8), own.text(max_tokens=200)
+        before = own.left()
+        bystander = Stream(own, max_tokens=200)
+        bystander.wait_for_events()
+        status = Path(f"/proc/{own.process.pid}/status").read_text()
+        in_use = int(status.split("VmSize:")[1].split()[0]) * 1024
+        limit = in_use + HEADROOM
+        resource.prlimit(own.process.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        assert own.text(PROMPT, max_tokens=8) == expected[0]
+        assert bystander.text == expected[1]
+        healthy_s = seconds_until(own.is_healthy)
+        assert "is run in parts" in own.log
+        assert "allocate" in own.log
+        own.check_nothing_left(before)
+        assert stop(own) == 0
+    note("no memory for an iteration", seen="nothing: it is run in parts", healthy=healthy_s)
+
+
+def test_a_request_that_finds_no_memory_is_refused(tmp_path: Path) -> None:
+    """See `test_faults_components.py` for one that fails alone; here many come at once."""
+    with server(model_in(tmp_path)) as own:
+        expected = own.text(max_tokens=200)
+        before = own.left()
+        own.fault("memory")
+        struck = [Stream(own, [5, 77, i], max_tokens=50) for i in range(8)]
+        others = [Stream(own, max_tokens=200) for _ in range(4)]
+        assert [each.text for each in others] == [expected] * 4
+        for each in struck:
+            each.end()
+            assert each.status == 200
+            assert "no memory" in each.events[-1]["error"]["message"]
+        own.fault(None)
+        own.check_nothing_left(before)
+    seen = "HTTP 503 or an error event, with Retry-After"
+    note("no memory for a request even alone", seen=seen, healthy=0.0)
