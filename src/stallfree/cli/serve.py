@@ -17,10 +17,13 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     the drain timeout; a second Ctrl-C does not wait.
     """
     from stallfree.server.lifecycle import check_start
+    from stallfree.server.observability import check_tracing
+    from stallfree.server.request_log import configure_logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging(server)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a server to take it
     check_start(server)
+    check_tracing(server)
 
     from rich.console import Console
 
@@ -28,11 +31,7 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from stallfree.engine.async_engine import AsyncEngine
     from stallfree.engine.build import build_engine
     from stallfree.server.app import run_server
-    from stallfree.server.observability import check_tracing
-    from stallfree.server.request_log import configure_logging
 
-    configure_logging(server)
-    check_tracing(server)
     console = Console(stderr=True)
     built = build_engine(engine)
     exit_code = run_server(

@@ -58,7 +58,7 @@ def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
     service.engine.engine.observers.add(feed.live)
 
     async def stream(_: Request) -> Response:
-        return EventStream(feed.events())
+        return EventStream(feed.events(), service.settings.max_unread_bytes)
 
     protected.add_api_route("/dashboard/feed", stream, methods=["GET"], include_in_schema=False)
 
