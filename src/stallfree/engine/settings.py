@@ -22,6 +22,7 @@ from stallfree.engine.flags import (
     parse_bytes,
 )
 from stallfree.engine.parallel_settings import ParallelSettings
+from stallfree.engine.replica_settings import ReplicaSettings
 from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
@@ -169,7 +170,7 @@ class EngineSettings(ParallelSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSettings:
+class ServerSettings(ReplicaSettings):
     """What the HTTP server needs beside an engine.
 
     Raises:
@@ -229,6 +230,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        ReplicaSettings.__post_init__(self)
         if not self.host.strip():
             raise ConfigError("host is empty; 127.0.0.1 is this machine only")
         check_range("port", self.port, 0, MAX_PORT)

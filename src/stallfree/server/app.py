@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from stallfree.engine.async_engine import AsyncEngine
+from stallfree.engine.served import ServedEngine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import StallfreeError
 from stallfree.server import endpoints
@@ -36,7 +36,7 @@ _BEARER = HTTPBearer(auto_error=False)
 _SCHEMAS = "#/components/schemas/"
 
 
-def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
     """The HTTP application for an engine; its lifespan starts and stops the engine.
 
     Raises:
@@ -79,7 +79,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
 
 
 def run_server(
-    engine: AsyncEngine, settings: ServerSettings, on_ready: Callable[[str], None]
+    engine: ServedEngine, settings: ServerSettings, on_ready: Callable[[str], None]
 ) -> int:
     """Serve until a signal or the death of the engine; call it in the main thread.
 

@@ -71,17 +71,19 @@ async def health(request: Request) -> Response:
     """Whether requests are taken (200) or not (503), and how many completions there are.
 
     With them, how many iterations were over the latency target because prompts must go on, and by
-    how many seconds in all.
+    how many seconds in all; with copies of the model, how many are ready.
     """
     service: Service = request.app.state.service
-    state = "dead" if service.engine.error else "draining" if service.draining else "ok"
-    answer = {
+    state = "ok" if service.engine.is_ready else "starting"
+    state = "dead" if service.engine.error else "draining" if service.draining else state
+    answer: dict[str, object] = {
         "status": state,
         "running": service.engine.num_running,
         "waiting": service.engine.num_waiting,
         "squeezed_iterations": service.engine.squeezed.iterations,
         "squeezed_s": round(service.engine.squeezed.over_s, 3),
     }
+    answer |= service.engine.health
     return JSONResponse(answer, 200 if state == "ok" else 503)
 
 

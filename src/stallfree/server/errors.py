@@ -16,7 +16,9 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    NoReplicaError,
     OverloadedError,
+    ReplicaLostError,
     StallfreeError,
     TokenizerError,
 )
@@ -88,6 +90,8 @@ def api_error(error: Exception) -> ApiError:
         case EngineStoppedError():
             message = "the server is stopping and cannot take or finish this request"
             return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
+        case ReplicaLostError() | NoReplicaError():
+            return ApiError(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
         case ExecutorError():
             return ApiError(500, "the iteration that held this request failed; the log says why")
     logger.error("a request failed", exc_info=error)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
-from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.chat_template import compile_template
+from stallfree.engine.served import ServedEngine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import (
     ConfigError,
@@ -55,12 +55,12 @@ class Service:
         ConfigError: the chat template cannot be used.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: ServedEngine, settings: ServerSettings) -> None:
         self.engine = engine
-        self.tokenizer = engine.engine.tokenizer
-        self.max_model_len = engine.engine.max_model_len
-        self.vocab_size = engine.engine.vocab_size
-        self.model_name = settings.served_model_name or engine.engine.model_name
+        self.tokenizer = engine.tokenizer
+        self.max_model_len = engine.facts.max_model_len
+        self.vocab_size = engine.facts.vocab_size
+        self.model_name = settings.served_model_name or engine.facts.model_name
         self.created = int(time.time())
         self.draining = False
         self.ends_at_once = False
