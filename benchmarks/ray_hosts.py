@@ -2,11 +2,11 @@
 
     python benchmarks/ray_hosts.py      # as root on Linux, some ten minutes; let nothing else run
 
-The "hosts" are the network namespaces of `network.py`, each with a Ray node of one processor that is
-started again whenever it ends, as a service manager would. The demo model is served twice: as two
-replicas, and as a pipeline of two stages with `--restart-workers`. Clients stream answers all the
-time; the cable is down for a minute. Told are what the clients saw, when they and `/health` knew of
-it, and when all was well again after the cable was back. Prints a table; results go to
+The "hosts" are the network namespaces of `network.py`, each with a Ray node of one processor that
+is started again whenever it ends, as a service manager would. The demo model is served twice: as
+two replicas, and as a pipeline of two stages with `--restart-workers`. Clients stream answers all
+the time; the cable is down for a minute. Told are what the clients saw, when they and `/health`
+knew of it, and when all was well again after the cable was back. Prints a table; results go to
 benchmarks/results/ray_hosts.json.
 """
 

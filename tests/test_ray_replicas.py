@@ -38,7 +38,8 @@ def server(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[byt
     command += ["--replicas", "2", "--threads", "1", *arguments]
     output = folder / "server.txt"
     with output.open("w") as file:
-        process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        environment = {**os.environ, "RAY_ADDRESS": "local"}  # whatever else runs here
+        process = subprocess.Popen(command, stderr=file, env=environment)
     try:
         wait_until(
             lambda: "http://" in output.read_text() or process.poll() is not None, output.read_text

@@ -150,6 +150,7 @@ class Member:
                 yield self._translated(item, request_id)
         finally:
             self._streams.pop(number, None)
+            self._unseen.pop(number, None)
             if num_open:
                 self._line.put(pickled(Abort(number)))
 

@@ -36,7 +36,7 @@ class RayFleet:
 
     Args:
         count: of the replicas.
-        settings: of each one's engine.
+        settings: of each one's engine, as they were given.
 
     Attributes:
         host: where replicas reach this machine.
@@ -60,29 +60,24 @@ class RayFleet:
         self._ray, self._serve, self._count = ray, serve, count
         self.error: StallfreeError | None = None
         self._name = f"stallfree-{secrets.token_hex(4)}"
-        self._has_own_cluster = not ray.is_initialized() and not _join_cluster(ray)
-        if self._has_own_cluster:
-            here = count
-            cpus: float = available_cpus()
-        else:
+        self.settings = _shared(settings, available_cpus() // count)
+        is_running = ray.is_initialized()
+        self._has_own_cluster = not is_running and _start_cluster(ray, count * self._cpus_each)
+        self.host, self._num_here = "127.0.0.1", count
+        if not self._has_own_cluster:
+            if not is_running:
+                _join_cluster(ray)
+            self.host = ray.util.get_node_ip_address()
             nodes = [each["Resources"].get("CPU", 0) for each in ray.nodes() if each["Alive"]]
             nodes = [each for each in nodes if each] or [0]
-            here, cpus = math.ceil(count / len(nodes)), min(nodes)
-        share = max(1, int(cpus) // (here * settings.num_processes))
-        self.settings = replace(settings, threads=settings.threads or share)
-        self._num_here = here
-        cpus_each = self.settings.threads_each * settings.num_processes
-        self._needs: dict[str, float] = {"num_cpus": cpus_each}
+            self._num_here = math.ceil(count / len(nodes))
+            self.settings = _shared(settings, int(min(nodes)) // self._num_here)
+            self._refuse_if_small()
+        self._needs: dict[str, float] = {"num_cpus": self._cpus_each}
         if settings.device.startswith("cuda") or (
             settings.device == "auto" and torch.cuda.is_available()
         ):
             self._needs["num_gpus"] = settings.num_processes
-        if self._has_own_cluster:
-            _start_cluster(ray, count * cpus_each)
-            self.host = "127.0.0.1"
-        else:
-            self.host = ray.util.get_node_ip_address()
-            self._refuse_if_small(cpus_each)
         self._has_own_serve = not _has_serve(ray)
 
     def start(self, place: Place) -> None:
@@ -127,36 +122,55 @@ class RayFleet:
         if self._has_own_serve and not _try(lambda: self._serve.status().applications):
             _try(self._serve.shutdown)
 
-    def _refuse_if_small(self, cpus_each: int) -> None:
-        total = self._ray.cluster_resources()
-        if total.get("CPU", 0) < self._count * cpus_each:
+    @property
+    def _cpus_each(self) -> int:
+        return self.settings.threads_each * self.settings.num_processes
+
+    def _refuse_if_small(self) -> None:
+        cpus = self._ray.cluster_resources().get("CPU", 0)
+        if cpus < self._count * self._cpus_each:
             raise ConfigError(
-                f"replicas is {self._count}, each with {cpus_each} CPUs; the Ray cluster has "
-                f"{total.get('CPU', 0):g}"
+                f"replicas is {self._count}, each with {self._cpus_each} CPUs; the Ray cluster has "
+                f"{cpus:g}: lower threads, or add machines"
             )
 
 
-def _join_cluster(ray: Any) -> bool:
-    """Connect to a cluster that runs; False if none does."""
+def _shared(settings: EngineSettings, cpus: int) -> EngineSettings:
+    """With so many processors for all processes of a replica, if nobody said how many."""
+    share = max(1, cpus // settings.num_processes)
+    return replace(settings, threads=settings.threads or share)
+
+
+def _start_cluster(ray: Any, cpus: float) -> bool:
+    """Start a cluster that ends with this process; False if one is to be joined instead.
+
+    That is what `RAY_ADDRESS` names, or else what `ray start` has started on this machine.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to nobody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address="auto", log_to_driver=True, logging_level="warning")
-    except ConnectionError:
+        ray.init(
+            num_cpus=cpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="warning",
+        )
+    except ValueError as error:
+        if "existing cluster" not in str(error):
+            raise
         return False
     return True
 
 
-def _start_cluster(ray: Any, cpus: float) -> None:
-    """A cluster of this machine that ends with this process; it reports to nobody."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level="warning",
-    )
+def _join_cluster(ray: Any) -> None:
+    try:
+        ray.init(log_to_driver=True, logging_level="warning")
+    except ConnectionError as error:
+        raise ConfigError(
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} does not answer "
+            f"({error}); with RAY_ADDRESS=local, one is started"
+        ) from error
 
 
 def _has_serve(ray: Any) -> bool:

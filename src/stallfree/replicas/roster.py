@@ -79,6 +79,7 @@ class Roster:
         self._failure: StallfreeError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = threading.Condition()
+        self._gate: Gate | None = None
         try:
             self._gate = Gate(fleet.host, self._called)
             fleet.start(self._gate.place)
@@ -105,7 +106,8 @@ class Roster:
                 return
             self._is_closed = True
         self._fleet.close()
-        self._gate.close()
+        if self._gate is not None:
+            self._gate.close()
         for member in list(self.members):
             member.end()
 
