@@ -324,6 +324,10 @@ def test_errors_come_whole_from_another_process() -> None:
 
 
 def test_settings_of_one_engine_alone_are_refused(settings: EngineSettings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="replicas is 0; it must be at least 1"):
+        ServerSettings(replicas=0)
+    with pytest.raises(ConfigError, match=r"replica_timeout_s is 0\.5; it must be at least 2"):
+        ServerSettings(replica_timeout_s=0.5)
     server = ServerSettings(replicas=2)
     with pytest.raises(ConfigError, match="all would write there"):
         launch(replace(settings, iteration_file=tmp_path / "a.csv"), server)
