@@ -235,7 +235,7 @@ def is_whole(url: str) -> bool:
         health = httpx.get(f"{url}/health", timeout=5, trust_env=False).json()
     except httpx.HTTPError:
         return False
-    return health["status"] == "ok" and health.get("ready_replicas") == health.get("replicas")
+    return bool(health["status"] == "ok" and health.get("ready_replicas") == health.get("replicas"))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> float | None:

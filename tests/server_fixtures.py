@@ -68,7 +68,7 @@ class RunningServer:
 
     def is_idle(self) -> bool:
         """Whether the engine holds no request."""
-        return self.engine.num_running == 0 and self.engine.num_waiting == 0
+        return bool(self.engine.num_running == 0 and self.engine.num_waiting == 0)
 
 
 @contextmanager

@@ -170,6 +170,9 @@ class AsyncEngine:
             if num_open:
                 self._inbox.put(lambda: self.engine.abort(request_id))
 
+    async def recover(self) -> None:
+        """Nothing is lost without this process."""
+
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for those that run.
 

@@ -100,6 +100,14 @@ class ServedEngine(Protocol):
         """
         ...
 
+    async def recover(self) -> None:
+        """Wait, for a while, until requests can run again after one was lost.
+
+        Raises:
+            EngineStoppedError: the server is about to end.
+        """
+        ...
+
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for those that run.
 

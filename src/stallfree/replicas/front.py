@@ -164,9 +164,21 @@ class ReplicatedEngine:
                 except ReplicaLostError:
                     if has_output or attempt == _ATTEMPTS:
                         raise
-                await self._wait_for_one()
+                await self.recover()
         finally:
             self._requests.discard(request_id)
+
+    async def recover(self) -> None:
+        """Wait, for a while, until a replica is ready.
+
+        Raises:
+            EngineStoppedError: the server is about to end.
+        """
+        deadline = time.monotonic() + _RECOVERY_S
+        while not self.is_ready and time.monotonic() < deadline:
+            if self._aborting:
+                raise EngineStoppedError("the server is shutting down")
+            await asyncio.sleep(_POLL_S)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for those that run.
@@ -222,14 +234,6 @@ class ReplicatedEngine:
             return params
         drawn = mix(self._seed, self._num_added)
         return replace(params, seed=drawn if drawn <= MAX_SEED else max(drawn - 2**64, -MAX_SEED))
-
-    async def _wait_for_one(self) -> None:
-        """Let a request that has lost its replica wait until there is another."""
-        deadline = time.monotonic() + _RECOVERY_S
-        while not self.is_ready and time.monotonic() < deadline:
-            if self._aborting:
-                raise EngineStoppedError("the server is shutting down")
-            await asyncio.sleep(_POLL_S)
 
 
 def _no_replica() -> NoReplicaError:

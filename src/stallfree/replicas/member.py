@@ -102,10 +102,11 @@ class Member:
         """What it offers to a prompt of these blocks; it is ready."""
         assert self.report is not None, "whoever is ready makes an offer"
         offer = self.report.offer
-        return offer.behind(
-            sum(self._unseen.values()),
-            offer.num_requests + len(self._unseen),
-            self._num_known(blocks),
+        return replace(
+            offer,
+            num_before=sum(self._unseen.values()),
+            num_requests=offer.num_requests + len(self._unseen),
+            num_known=self._num_known(blocks),
         )
 
     async def run(

@@ -56,7 +56,7 @@ class RayCluster:
             cpus_of = [
                 int(each["Resources"].get("CPU", 0)) for each in ray.nodes() if each["Alive"]
             ]
-            self.node_cpus: list[int] | None = [each for each in cpus_of if each]
+            self.node_cpus = [each for each in cpus_of if each]
         self._has_own_serve = not self._has_serve()
 
     def close(self, application: str) -> None:

@@ -155,6 +155,7 @@ async def collect(engine: ServedEngine, job: Job) -> Outcome:
     for _ in range(_RERUNS):
         with suppress(ReplicaLostError):
             return await _collect(engine, job)
+        await engine.recover()
     return await _collect(engine, job)
 
 
