@@ -187,6 +187,7 @@ def test_nothing_is_left_of_a_server_that_is_killed(tmp_path: Path) -> None:
     with server(tmp_path) as (process, url):
         assert ask(url, "alpha")[2] is None
         everything = processes_of(process)
-        assert len(everything) > 3
+        own = {pid: title for pid, title in everything.items() if "Agent" not in title}
+        assert len(own) > 3
         process.kill()
-        wait_until(lambda: are_gone(everything))
+        wait_until(lambda: are_gone(own))  # two agents of Ray's notice it after a minute
