@@ -18,6 +18,7 @@ from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.build import build_engine
 from stallfree.engine.engine import Engine
 from stallfree.engine.settings import EngineSettings, ServerSettings
+from stallfree.replicas.front import ReplicatedEngine
 from stallfree.server.app import create_app
 from stallfree.server.lifecycle import ApiServer, bind
 
@@ -45,7 +46,7 @@ def tiny_engine(folder: Path, max_model_len: int = 2048, **settings: Any) -> Eng
 class RunningServer:
     """A server that answers at `url`."""
 
-    def __init__(self, engine: AsyncEngine, server: ApiServer, url: str) -> None:
+    def __init__(self, engine: Any, server: ApiServer, url: str) -> None:
         self.engine = engine
         self.server = server
         self.url = url
@@ -67,15 +68,15 @@ class RunningServer:
 
     def is_idle(self) -> bool:
         """Whether the engine holds no request."""
-        return self.engine.num_running == 0 and self.engine.num_waiting == 0
+        return bool(self.engine.num_running == 0 and self.engine.num_waiting == 0)
 
 
 @contextmanager
-def serve(engine: Engine, **settings: Any) -> Iterator[RunningServer]:
+def serve(engine: Engine | ReplicatedEngine, **settings: Any) -> Iterator[RunningServer]:
     """Serve `engine` on a free port; ends with a drain."""
     server_settings = ServerSettings(port=0, **settings)
     listener = bind(server_settings.host, 0)
-    asynchronous = AsyncEngine(engine)
+    asynchronous = AsyncEngine(engine) if isinstance(engine, Engine) else engine
     app = create_app(asynchronous, server_settings)
     urls: list[str] = []
     ready = threading.Event()

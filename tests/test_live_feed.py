@@ -152,7 +152,7 @@ def test_a_history_keeps_the_latest_and_says_from_where() -> None:
 
 
 def test_a_watcher_that_reads_slowly_is_told_what_it_lost(engine: Engine) -> None:
-    feed = Feed(Service(AsyncEngine(engine), ServerSettings()))
+    feed = Feed(Service(AsyncEngine(engine), ServerSettings()), engine)
     engine.observers.add(feed.live)
     size = 64
     feed.live.history = History(size)

@@ -18,6 +18,7 @@ LAYERS = (
     "model",
     "executor",
     "engine",
+    "replicas",
     "server",
     "bench",
     "sim",

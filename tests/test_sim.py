@@ -22,7 +22,7 @@ from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.sim.clock import SimulatedClock
 from stallfree.sim.pipeline import SimulatedPipeline
 from stallfree.sim.replica import Replica
-from stallfree.sim.router import ROUTERS, LeastWork, PrefixAffine, RoundRobin
+from stallfree.sim.router import ROUTERS, LeastWork, PredictedWait, PrefixAffine, RoundRobin
 from stallfree.sim.simulation import Simulation, simulate
 from stallfree.sim.system import System, fitted
 from stallfree.sim.times import ProfiledTimes
@@ -267,6 +267,9 @@ def test_routers() -> None:
     turns = RoundRobin()
     assert [turns.choose(own[0], replicas) for _ in range(4)] == [0, 1, 2, 0]
     assert LeastWork().choose(own[1], replicas) == 0
+    replicas[0].add(Record(own[1]), 0.0)
+    assert LeastWork().choose(own[1], replicas) == 1
+    assert PredictedWait().choose(own[1], replicas) == 1
 
 
 def test_a_prefix_stays_where_it_is_until_that_replica_is_much_busier() -> None:

@@ -14,6 +14,8 @@
         ├── ExecutorError              the iteration that held the request failed
         │   └── OutOfMemoryError       there was no memory to run it
         ├── WorkersLostError           a process of the model has ended, or does not answer
+        ├── ReplicaLostError           the copy of the model that ran the request has ended
+        ├── NoReplicaError             no copy of the model is ready at the moment
         └── EngineStoppedError         the engine is draining, stopped or dead
 
 A message names the offending value and the limit, and says what to do where that is not obvious.
@@ -68,6 +70,10 @@ class OverloadedError(StallfreeError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        """For another process: an exception is made again from all it was made from."""
+        return type(self), (str(self), self.retry_after_s)
+
 
 class EndpointError(StallfreeError):
     """A server that is to be measured cannot be reached, or refuses to be."""
@@ -87,6 +93,14 @@ class OutOfMemoryError(ExecutorError):
 
 class WorkersLostError(EngineError):
     """A process of the model has ended or does not answer; nothing runs without it."""
+
+
+class ReplicaLostError(EngineError):
+    """The copy of the model that ran the request has ended, after part of the answer was sent."""
+
+
+class NoReplicaError(EngineError):
+    """No copy of the model is ready to take the request; one is being started."""
 
 
 class EngineStoppedError(EngineError):

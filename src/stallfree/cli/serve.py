@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
 import typer
 
 from stallfree.engine.settings import EngineSettings, ServerSettings
+
+if TYPE_CHECKING:
+    from stallfree.engine.served import ServedEngine
 
 
 def serve(engine: EngineSettings, server: ServerSettings) -> None:
@@ -28,15 +32,25 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from rich.console import Console
 
     from stallfree.cli.summary import print_summary
-    from stallfree.engine.async_engine import AsyncEngine
-    from stallfree.engine.build import build_engine
     from stallfree.server.app import run_server
 
     console = Console(stderr=True)
-    built = build_engine(engine)
+    served = _build(engine, server)
     exit_code = run_server(
-        AsyncEngine(built),
+        served,
         server,
-        on_ready=lambda url: print_summary(console, built.facts, engine, server, url),
+        on_ready=lambda url: print_summary(console, served.facts, engine, server, url),
     )
     raise typer.Exit(exit_code)
+
+
+def _build(engine: EngineSettings, server: ServerSettings) -> ServedEngine:
+    """One engine in this process, or several behind one face."""
+    if server.replicas > 1:
+        from stallfree.replicas.launch import launch
+
+        return launch(engine, server)
+    from stallfree.engine.async_engine import AsyncEngine
+    from stallfree.engine.build import build_engine
+
+    return AsyncEngine(build_engine(engine))

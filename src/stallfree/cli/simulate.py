@@ -31,9 +31,10 @@ RouterOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="round-robin, least-work, or prefix-affine: where the last request of its --prefixes "
-        "went. Where simulated replicas keep none, it shows what affinity costs in balance, not "
-        "what it saves.",
+        help="round-robin, least-work, predicted-wait (the soonest first token, as serve "
+        "--replicas has it), or prefix-affine: where the last request of its --prefixes went. "
+        "Where simulated replicas keep none, it shows what affinity costs in balance, not what it "
+        "saves.",
     ),
 ]
 

@@ -20,7 +20,7 @@ def print_summary(
 ) -> None:
     """Print the summary of a server that is ready at `url`."""
     console.print(f"\n[bold]stallfree[/] serves [bold]{escape(facts.model_name)}[/]\n")
-    for label, text in _rows(facts, engine, url).items():
+    for label, text in _rows(facts, engine, server, url).items():
         console.print(f"  [cyan]{label:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
     for note in engine.notes:
         console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
@@ -49,7 +49,9 @@ def curl_line(url: str, model: str, has_key: bool) -> str:
     return f"curl {address} -H 'Content-Type: application/json'{key} -d {data}"
 
 
-def _rows(facts: EngineFacts, engine: EngineSettings, url: str) -> dict[str, str]:
+def _rows(
+    facts: EngineFacts, engine: EngineSettings, server: ServerSettings, url: str
+) -> dict[str, str]:
     parameters = _count(facts.num_parameters)
     weights = f"weights {_size(facts.weight_bytes)}"
     share = f" ({facts.kv_cache_share:.0%} of what was free)" if facts.kv_cache_share else ""
@@ -57,7 +59,11 @@ def _rows(facts: EngineFacts, engine: EngineSettings, url: str) -> dict[str, str
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"
     targets = {"Targets": text} if (text := _targets(engine)) else {}
+    copies, page = {}, {"Watch": f"{url}/dashboard"}
+    if server.replicas > 1:
+        copies, page = {"Copies": f"{server.replicas} on Ray Serve, each as below"}, {}
     return {
+        **copies,
         "Model": f"{facts.architecture}, {parameters} parameters, {facts.dtype}",
         "Memory": f"{weights}, {cache} in blocks of {facts.block_size}",
         "Batching": batching,
@@ -65,7 +71,7 @@ def _rows(facts: EngineFacts, engine: EngineSettings, url: str) -> dict[str, str
         "Context": f"{facts.max_model_len:,} tokens",
         "Device": f"{facts.device}, {threads}; loaded in {facts.load_s:.1f} s",
         "URL": f"{url}/v1",
-        "Watch": f"{url}/dashboard",
+        **page,
     }
 
 

@@ -7,9 +7,9 @@ client has given up.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from stallfree.core.budget import TokenBudget
 from stallfree.core.load import Load
 from stallfree.core.request import Request
 from stallfree.core.scheduler import Scheduler
@@ -17,6 +17,10 @@ from stallfree.errors import InvalidRequestError, OverloadedError
 
 _RETRY_AFTER_S = 5.0  # where nothing is predicted
 _LONGEST_RETRY_S = 600.0
+
+# Beside what runs: tokens of prompts read in a second, and seconds of an iteration; None if not
+# known.
+Pace = Callable[[Load], tuple[float, float] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Admission:
         limit_s = self.slo_factor * target_s
         if predicted_s <= limit_s:
             return predicted_s
-        alone_s = _reading_s(request.num_unread_tokens, Load(()), scheduler.budget)
+        alone_s = _reading_s(request.num_unread_tokens, Load(()), scheduler.budget.pace)
         if alone_s is not None and alone_s > limit_s:
             raise InvalidRequestError(
                 f"reading the prompt of {request.num_prompt_tokens} tokens takes {alone_s:.1f} s, "
@@ -101,18 +105,26 @@ class Admission:
             raise OverloadedError(reason, min(retry_s, _LONGEST_RETRY_S))
 
 
-def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | None:
+def predict_first_token_s(
+    request: Request, scheduler: Scheduler, pace_of: Pace | None = None
+) -> float | None:
     """When a new request would get its first token, in seconds from now.
 
     What goes before it is read at the present pace. If there is no place for it, it also waits
     until enough of those that run have ended, which are taken to be as long as the last answers
-    were. Free memory is not predicted. None if the budget predicts nothing.
+    were. Free memory is not predicted. None if no pace is known.
+
+    Args:
+        request: not added yet.
+        scheduler: where it would wait.
+        pace_of: the pace beside what runs; None for what the budget predicts.
     """
     running = [each for each in scheduler.running if request.is_flex or not each.is_flex]
     load, budget = Load(running), scheduler.budget
+    pace_of = pace_of or budget.pace
     num_tokens, num_waiting = scheduler.outlook.tokens_ahead(request)
-    reading_s = _reading_s(num_tokens + request.num_unread_tokens, load, budget)
-    pace = budget.pace(load)
+    reading_s = _reading_s(num_tokens + request.num_unread_tokens, load, pace_of)
+    pace = pace_of(load)
     if reading_s is None or pace is None or not running:
         return reading_s
     places = scheduler.config.max_num_seqs - len(running)
@@ -126,12 +138,12 @@ def predict_first_token_s(request: Request, scheduler: Scheduler) -> float | Non
     return max(reading_s, pace[1] * left[min(missing, len(left)) - 1] * rounds)
 
 
-def _reading_s(num_tokens: int, load: Load, budget: TokenBudget) -> float | None:
+def _reading_s(num_tokens: int, load: Load, pace_of: Pace) -> float | None:
     """Seconds to read so many tokens of prompts beside what runs, if they can be predicted.
 
     With half of the iteration that is under way, where something runs.
     """
-    pace = budget.pace(load)
+    pace = pace_of(load)
     if pace is None:
         return None
     is_busy = bool(load.decodes or load.flex_decodes or load.prefills)

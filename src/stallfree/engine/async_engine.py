@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -20,7 +20,10 @@ from stallfree.core.budget import Squeezed
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
+from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.served import ReplicaState
+from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import (
     EngineError,
     EngineStoppedError,
@@ -58,7 +61,7 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs an `Engine` for asynchronous callers.
+    """Runs an `Engine` for asynchronous callers: a `ServedEngine`.
 
     Attributes:
         engine: the engine; call nothing that changes it.
@@ -77,6 +80,16 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="stallfree-engine", daemon=True)
 
     @property
+    def facts(self) -> EngineFacts:
+        """What the engine was built with."""
+        return self.engine.facts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model."""
+        return self.engine.tokenizer
+
+    @property
     def num_running(self) -> int:
         """Completions that hold KV blocks."""
         return len(self.engine.scheduler.running)
@@ -90,6 +103,26 @@ class AsyncEngine:
     def squeezed(self) -> Squeezed:
         """What reading prompts cost against the latency target so far."""
         return self.engine.scheduler.budget.squeezed
+
+    @property
+    def local(self) -> Engine:
+        """The engine."""
+        return self.engine
+
+    @property
+    def replicas(self) -> Sequence[ReplicaState]:
+        """None: it is one engine."""
+        return ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Always: it is one with what runs the model."""
+        return True
+
+    @property
+    def health(self) -> Mapping[str, object]:
+        """Nothing beside the counts."""
+        return {}
 
     def now(self) -> float:
         """The engine's clock, in seconds."""
@@ -156,6 +189,9 @@ class AsyncEngine:
             self._streams.pop(request_id, None)
             if num_open:
                 self._inbox.put(lambda: self.engine.abort(request_id))
+
+    async def recover(self) -> None:
+        """Nothing is lost without this process."""
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new requests and wait for those that run.

@@ -83,7 +83,7 @@ class Engine:
         self.facts = facts
         self.end_token_ids = end_token_ids
         self._tiers = dict(tiers or {})
-        self._check = RequestCheck(scheduler, facts, self._tiers)
+        self._check = RequestCheck(facts, self._tiers)
         self.admission = admission or Admission()
         self.observers = Observers()
         self._iteration_file = iteration_file

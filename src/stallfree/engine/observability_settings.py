@@ -7,6 +7,7 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from stallfree.engine.flags import Flag, check_choice
+from stallfree.engine.replica_settings import ReplicaSettings
 from stallfree.errors import ConfigError
 
 LOG_FORMATS = ("text", "json")
@@ -15,7 +16,7 @@ OTLP_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 @dataclass(frozen=True, slots=True)
-class ObservabilitySettings:
+class ObservabilitySettings(ReplicaSettings):
     """The part of `ServerSettings` that says what is told of requests, and to whom.
 
     Raises:
@@ -61,6 +62,7 @@ class ObservabilitySettings:
     ] = None
 
     def __post_init__(self) -> None:
+        ReplicaSettings.__post_init__(self)
         check_choice("log_format", self.log_format, LOG_FORMATS)
         check_choice("log_level", self.log_level, LOG_LEVELS)
         if self.otlp_endpoint is not None:

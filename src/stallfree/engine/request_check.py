@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from stallfree.core.sampling_params import SamplingParams
-from stallfree.core.scheduler import Scheduler
 from stallfree.core.targets import Targets
 from stallfree.engine.facts import EngineFacts
 from stallfree.errors import ContextLengthError, InvalidRequestError
@@ -15,15 +14,12 @@ class RequestCheck:
     """Refuses what cannot be run. It reads only what never changes.
 
     Args:
-        scheduler: whose context and KV cache limit a request.
-        facts: of the engine.
+        facts: of the engine, whose context and KV cache limit a request.
         tiers: targets of each tier.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, facts: EngineFacts, tiers: Mapping[str, Targets]
-    ) -> None:
-        self._scheduler, self._facts, self._tiers = scheduler, facts, tiers
+    def __init__(self, facts: EngineFacts, tiers: Mapping[str, Targets]) -> None:
+        self._facts, self._tiers = facts, tiers
 
     def __call__(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, targets: Targets
@@ -42,7 +38,7 @@ class RequestCheck:
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         num_prompt = len(prompt_token_ids)
-        longest = min(self._scheduler.config.max_model_len, self._scheduler.pool.num_tokens + 1)
+        longest = min(self._facts.max_model_len, self._facts.kv_cache_tokens + 1)
         if num_prompt >= longest:
             raise ContextLengthError(
                 f"the prompt has {num_prompt} tokens; the context is {longest} tokens, of which "

@@ -7,15 +7,11 @@ each batch.
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -23,6 +19,7 @@ import torch.distributed as dist
 from stallfree.core.batch import Batch
 from stallfree.errors import ExecutorError, WorkersLostError
 from stallfree.executor.launch import Launcher, WorkerProcess
+from stallfree.executor.line import Line, pickled
 from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
 from stallfree.executor.output import ExecutorOutput
 from stallfree.executor.stage_log import StageLog
@@ -34,40 +31,6 @@ _CULPRIT_S = 2.0  # how long the end of a process may take to be noticed
 
 Message = Loaded | Ready
 _Answer = TypeVar("_Answer", Loaded, Ready)
-
-
-class _Line:
-    """The line to one worker: threads send and receive, as a stopped worker does neither.
-
-    Args:
-        connection: to the worker.
-        on_message: called with each message; with None when the worker has ended.
-    """
-
-    def __init__(self, connection: Connection, on_message: Callable[[Any], None]) -> None:
-        self._connection, self._on_message = connection, on_message
-        self._payloads: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        for work in (self._send, self._receive):
-            threading.Thread(target=work, name="stallfree-line", daemon=True).start()
-
-    def put(self, payload: bytes) -> None:
-        """Send a pickled message."""
-        self._payloads.put(payload)
-
-    def close(self) -> None:
-        """End the sending thread; the other ends with the worker."""
-        self._payloads.put(None)
-
-    def _send(self) -> None:
-        with suppress(OSError, TypeError):  # it has ended, which the other thread says
-            while (payload := self._payloads.get()) is not None:
-                self._connection.send_bytes(payload)
-
-    def _receive(self) -> None:
-        with suppress(EOFError, OSError, TypeError):
-            while True:
-                self._on_message(self._connection.recv())
-        self._on_message(None)
 
 
 class DistributedPipeline:
@@ -99,7 +62,7 @@ class DistributedPipeline:
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
         self._workers: list[WorkerProcess] = []
-        self._lines: list[_Line] = []
+        self._lines: list[Line] = []
         started = time.monotonic()
         try:
             self.footprint = self._start()
@@ -204,7 +167,7 @@ class DistributedPipeline:
             for spec in self._specs:
                 worker = self._launcher.start(spec)
                 self._workers.append(worker)
-                self._lines.append(_Line(worker.connection, partial(_post, inbox, spec.rank)))
+                self._lines.append(Line(worker.connection, partial(_post, inbox, spec.rank)))
             footprints = [each.footprint for each in self._hear_all(Loaded).values()]
         except BaseException:
             self._end_workers()
@@ -223,7 +186,7 @@ class DistributedPipeline:
         self._workers, self._lines = [], []
 
     def _tell_all(self, message: MakeCache | Run) -> None:
-        payload = bytes(ForkingPickler.dumps(message))
+        payload = pickled(message)
         try:
             for line in self._lines:
                 line.put(payload)

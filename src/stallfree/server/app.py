@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from stallfree.engine.async_engine import AsyncEngine
+from stallfree.engine.served import ServedEngine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import StallfreeError
 from stallfree.server import endpoints
@@ -31,7 +31,7 @@ from stallfree.server.request_note import current_note
 from stallfree.server.service import Service
 
 
-def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
     """The HTTP application for an engine; its lifespan starts and stops the engine.
 
     Raises:
@@ -90,7 +90,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
 
 
 def run_server(
-    engine: AsyncEngine, settings: ServerSettings, on_ready: Callable[[str], None]
+    engine: ServedEngine, settings: ServerSettings, on_ready: Callable[[str], None]
 ) -> int:
     """Serve until a signal or the death of the engine; call it in the main thread.
 

@@ -19,6 +19,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stallfree.engine.engine import Engine
 from stallfree.server.errors import ApiError
 from stallfree.server.live_feed import LiveFeed, load_of
 from stallfree.server.service import Service
@@ -48,14 +49,20 @@ _MEDIA_TYPES = {
 
 
 def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
-    """Serve the page from `app`, its feed from `protected`; before the engine's thread starts."""
+    """Serve the page from `app`, its feed from `protected`; before the engine's thread starts.
+
+    Not where the model runs in several copies, whose iterations are elsewhere.
+    """
+    service: Service = app.state.service
+    engine = service.engine.local
+    if engine is None:
+        return
     for name, content in _static_files():
         path = "/dashboard" if name == PAGE else f"/dashboard/{name}"
         file = Response(content, headers=HEADERS, media_type=_MEDIA_TYPES[PurePath(name).suffix])
         app.add_route(path, partial(_give, file), ["GET"], include_in_schema=False)
-    service: Service = app.state.service
-    feed = Feed(service)
-    service.engine.engine.observers.add(feed.live)
+    feed = Feed(service, engine)
+    engine.observers.add(feed.live)
 
     async def stream(_: Request) -> Response:
         return EventStream(feed.events(), service.settings.max_unread_bytes)
@@ -67,14 +74,16 @@ class Feed:
     """What the watchers of one engine are sent.
 
     Args:
-        service: has the engine.
+        service: tells whether it goes on.
+        engine: that of the service.
 
     Attributes:
         live: to be told of requests and iterations.
         num_watchers: who are sent something now.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, engine: Engine) -> None:
+        self._engine = engine
         self.live = LiveFeed(service.engine.now)
         self.num_watchers = 0
         self._service = service
@@ -140,7 +149,7 @@ class Feed:
 
     def _state(self) -> dict[str, Any]:
         """What holds at the moment."""
-        service, scheduler = self._service, self._service.engine.engine.scheduler
+        service, scheduler = self._service, self._engine.scheduler
         return {
             "now": service.engine.now(),
             "status": service.status,
@@ -151,7 +160,7 @@ class Feed:
 
     def _settings(self) -> dict[str, Any]:
         """What the engine was built with."""
-        engine = self._service.engine.engine
+        engine = self._engine
         facts, scheduler = engine.facts, engine.scheduler
         return {
             "version": version("stallfree"),

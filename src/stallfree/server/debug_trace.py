@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from stallfree.engine.engine import Engine
 from stallfree.engine.trace_recorder import Recording, TraceRecorder
 from stallfree.errors import InvalidRequestError
 from stallfree.server.errors import ApiError
@@ -46,13 +47,14 @@ class DebugTrace:
     """The endpoint.
 
     Args:
-        service: what is served; the engine's thread has not started.
+        service: what is served.
+        engine: that of the service; its thread has not started.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, engine: Engine) -> None:
         self._service = service
         self._recorder = TraceRecorder()
-        service.engine.engine.observers.add(self._recorder)
+        engine.observers.add(self._recorder)
 
     async def record(self, request: Request) -> Response:
         """A trace of iterations and requests for some seconds, as a file for Perfetto."""

@@ -70,11 +70,15 @@ def _answer(choice: Schema) -> Schema:
 
 _MODEL = _object(id=_TEXT, object=_TEXT, created=_INTEGER, owned_by=_TEXT, max_model_len=_INTEGER)
 _HEALTH = _object(
-    status={"enum": ["ok", "draining", "dead"]},
+    "replicas",
+    "ready_replicas",
+    status={"enum": ["ok", "draining", "dead", "starting"]},
     running=_INTEGER,
     waiting=_INTEGER,
     squeezed_iterations=_INTEGER,
     squeezed_s={"type": "number"},
+    replicas=_INTEGER,
+    ready_replicas=_INTEGER,
 )
 _ANSWERS: dict[str, tuple[str, Schema]] = {
     "/v1/completions": ("The completions.", _answer(_object(text=_TEXT, **_CHOICE))),

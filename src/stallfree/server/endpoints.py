@@ -71,16 +71,17 @@ async def health(request: Request) -> Response:
     """Whether requests are taken (200) or not (503), and how many completions there are.
 
     With them, how many iterations were over the latency target because prompts must go on, and by
-    how many seconds in all.
+    how many seconds in all; with copies of the model, how many are ready.
     """
     service: Service = request.app.state.service
-    answer = {
+    answer: dict[str, object] = {
         "status": service.status,
         "running": service.engine.num_running,
         "waiting": service.engine.num_waiting,
         "squeezed_iterations": service.engine.squeezed.iterations,
         "squeezed_s": round(service.engine.squeezed.over_s, 3),
     }
+    answer |= service.engine.health
     return JSONResponse(answer, 200 if service.status == "ok" else 503)
 
 

@@ -16,8 +16,10 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    NoReplicaError,
     OutOfMemoryError,
     OverloadedError,
+    ReplicaLostError,
     StallfreeError,
     TokenizerError,
 )
@@ -92,6 +94,8 @@ def api_error(error: Exception) -> ApiError:
         case OutOfMemoryError():
             message = "the server has no memory to run this request; a shorter one may run"
             return ApiError(503, message, headers={"Retry-After": str(RETRY_AFTER_S)})
+        case ReplicaLostError() | NoReplicaError():
+            return ApiError(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
         case ExecutorError():
             return ApiError(500, "the iteration that held this request failed; the log says why")
     logger.error("a request failed", exc_info=error)

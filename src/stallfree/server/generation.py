@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
-from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.outputs import Delta
+from stallfree.engine.served import ServedEngine
+from stallfree.errors import ReplicaLostError
 from stallfree.executor.output import PositionLogprobs
 from stallfree.server.request_note import GenerationNote, current_note
 from stallfree.server.service import Prompt
+
+_RERUNS = 2  # of an answer that is not streamed, after copies of the model were lost
 
 PromptLogprobs = tuple[PositionLogprobs | None, ...]
 
@@ -104,7 +107,7 @@ class Outcome:
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
-async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Delta] | None, None]:
+async def stream(engine: ServedEngine, job: Job) -> AsyncGenerator[tuple[int, Delta] | None, None]:
     """Run a job; yields None once all of it is accepted, then deltas as they come, with its choice.
 
     Closing the generator aborts all of it.
@@ -114,6 +117,8 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
         OverloadedError: before anything is yielded, too much waits.
         EngineStoppedError: the engine takes no requests, or ended this one.
         ExecutorError: an iteration failed.
+        NoReplicaError: before anything is yielded, no copy of the model is ready.
+        ReplicaLostError: the copy of the model that ran it was lost.
     """
     queue: asyncio.Queue[tuple[int, Delta] | asyncio.Task[None] | None] = asyncio.Queue()
     note = _begin_note(job)
@@ -160,8 +165,19 @@ async def stream(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Del
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def collect(engine: AsyncEngine, job: Job) -> Outcome:
-    """Run a job to its end; raises as `stream` does."""
+async def collect(engine: ServedEngine, job: Job) -> Outcome:
+    """Run a job to its end; raises as `stream` does.
+
+    If a copy of the model is lost with it, it runs again: nothing of the answer was sent yet.
+    """
+    for _ in range(_RERUNS):
+        with suppress(ReplicaLostError):
+            return await _collect(engine, job)
+        await engine.recover()
+    return await _collect(engine, job)
+
+
+async def _collect(engine: ServedEngine, job: Job) -> Outcome:
     outcome = Outcome([Choice() for _ in range(job.num_choices)], Usage(job))
     texts: list[list[str]] = [[] for _ in outcome.choices]
     async with aclosing(stream(engine, job)) as deltas:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stallfree.engine.engine import Engine
 from stallfree.engine.meter import Meter
+from stallfree.engine.served import ReplicaState, ServedEngine
 from stallfree.server.engine_metrics import EngineMetrics
 from stallfree.server.request_note import RequestNote
 
@@ -42,22 +43,53 @@ class HttpMetrics(Collector):
         yield family
 
 
+class ReplicaMetrics(Collector):
+    """A collector of the copies of the model, each by its place."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, as the registry asks for them."""
+        states = sorted(self._engine.replicas, key=lambda each: each.index)
+        for name, text, value in _OF_REPLICAS:
+            family = GaugeMetricFamily(f"stallfree_replica_{name}", text, labels=("replica",))
+            for state in states:
+                family.add_metric((str(state.index),), value(state))
+            yield family
+
+
+_OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaState], float]], ...] = (
+    ("ready", "Whether the copy of the model takes requests.", lambda each: each.is_ready),
+    ("requests_running", "Requests that hold KV blocks.", lambda each: each.num_running),
+    ("requests_waiting", "Requests that wait for admission.", lambda each: each.num_waiting),
+    (
+        "predicted_wait_seconds",
+        "Until a new request would be read; NaN if that is not known.",
+        lambda each: math.nan if each.wait_s is None else each.wait_s,
+    ),
+)
+
+
 class Metrics:
     """All metrics of a server, in a registry of its own.
 
     Args:
-        engine: what is served; its thread has not started.
+        engine: what is served; it has not started.
 
     Attributes:
         http: to be told of each HTTP request.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        meter = Meter()
-        engine.observers.add(meter)
+    def __init__(self, engine: ServedEngine) -> None:
         self.http = HttpMetrics()
         self._registry = CollectorRegistry()
-        self._registry.register(EngineMetrics(engine, meter))
+        if engine.local is None:
+            self._registry.register(ReplicaMetrics(engine))
+        else:
+            meter = Meter()
+            engine.local.observers.add(meter)
+            self._registry.register(EngineMetrics(engine.local, meter))
         self._registry.register(self.http)
         ProcessCollector(registry=self._registry)
 

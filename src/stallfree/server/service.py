@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
-from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.chat_template import compile_template
+from stallfree.engine.served import ServedEngine
 from stallfree.engine.settings import ServerSettings
 from stallfree.engine.template_process import TemplateProcess
 from stallfree.errors import (
@@ -61,16 +61,16 @@ class Service:
         ConfigError: the chat template or the API keys cannot be used.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: ServedEngine, settings: ServerSettings) -> None:
         self.settings = settings
         self.keys = Keyring.of(settings)
         self.limits = RequestLimits(settings)
         self.templates = TemplateProcess()
         self.engine = engine
-        self.tokenizer = engine.engine.tokenizer
-        self.max_model_len = engine.engine.max_model_len
-        self.vocab_size = engine.engine.vocab_size
-        self.model_name = settings.served_model_name or engine.engine.model_name
+        self.tokenizer = engine.tokenizer
+        self.max_model_len = engine.facts.max_model_len
+        self.vocab_size = engine.facts.vocab_size
+        self.model_name = settings.served_model_name or engine.facts.model_name
         self.created = int(time.time())
         self.draining = False
         self.ends_at_once = False
@@ -86,8 +86,12 @@ class Service:
 
     @property
     def status(self) -> str:
-        """`ok` while requests are taken, else why not: `draining` or `dead`."""
-        return "dead" if self.engine.error else "draining" if self.draining else "ok"
+        """`ok` while requests are taken, else why not: `starting`, `draining` or `dead`."""
+        if self.engine.error is not None:
+            return "dead"
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.is_ready else "starting"
 
     def check_ready(self) -> None:
         """Raise EngineStoppedError if no request can be taken."""

@@ -10,8 +10,10 @@ from stallfree.bench.records import Failure, Record
 from stallfree.bench.workload import Arrival
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch
+from stallfree.core.pace import MeasuredPace
 from stallfree.core.repeats import num_repeats, repeat
 from stallfree.core.request import Request
+from stallfree.core.routing import Offer, offer_of
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
@@ -55,6 +57,7 @@ class Replica:
         self._admission = admission or Admission()
         self._targets = targets
         self._num_added = 0
+        self._pace = MeasuredPace(scheduler.budget)
 
     @property
     def next_at(self) -> float:
@@ -73,6 +76,11 @@ class Replica:
             request.num_prompt_tokens + request.max_tokens - request.num_computed_tokens
             for request, _ in self._records.values()
         )
+
+    def offer(self, at_s: float) -> Offer:
+        """What it predicts for a request that arrives at a time not before the last."""
+        self.clock.advance_to(at_s)
+        return offer_of(self.scheduler, self._pace, at_s)
 
     def add(self, record: Record, at_s: float) -> bool:
         """Take a request that arrives at a time not before the last; False if it is refused."""
@@ -138,7 +146,7 @@ class Replica:
         iteration = self._loop.collect()
         if iteration.error is not None:
             raise iteration.error
-        self._loop.observe(iteration)
+        self._pace.observe(iteration.batch, self._loop.observe(iteration))
         self.num_iterations += 1
         now, ended = self.clock.now(), []
         for chunk in iteration.batch.sampling:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from stallfree.bench.workload import Arrival
+from stallfree.core import routing
 from stallfree.errors import ConfigError
 from stallfree.sim.replica import Replica
 
@@ -41,6 +42,15 @@ class LeastWork:
         return work.index(min(work))
 
 
+class PredictedWait:
+    """Where the first token is predicted to come first: what `stallfree serve --replicas` does."""
+
+    def choose(self, arrival: Arrival, replicas: Sequence[Replica]) -> int:
+        """The soonest."""
+        offers = [replica.offer(arrival.at_s) for replica in replicas]
+        return routing.choose(offers, arrival.prompt_tokens)
+
+
 class PrefixAffine:
     """Where the last request with the same beginning went, unless that one is much busier.
 
@@ -67,6 +77,7 @@ class PrefixAffine:
 ROUTERS: dict[str, Callable[[], Router]] = {
     "round-robin": RoundRobin,
     "least-work": LeastWork,
+    "predicted-wait": PredictedWait,
     "prefix-affine": PrefixAffine,
 }
 

@@ -1,0 +1,255 @@
+"""Several replicas behind the face of one engine.
+
+A request goes to the replica that `core.routing` chooses. If that one is lost before any of the
+answer came, the request goes to another; otherwise it fails, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from stallfree.core import routing
+from stallfree.core.budget import Squeezed
+from stallfree.core.counter_random import mix
+from stallfree.core.sampling_params import SamplingParams
+from stallfree.core.targets import DEFAULT_TARGETS, Targets
+from stallfree.engine.facts import EngineFacts
+from stallfree.engine.outputs import Delta
+from stallfree.engine.request_check import RequestCheck
+from stallfree.engine.served import ReplicaState
+from stallfree.engine.settings import MAX_SEED, EngineSettings
+from stallfree.engine.tokenizer import Tokenizer
+from stallfree.errors import (
+    EngineStoppedError,
+    InvalidRequestError,
+    NoReplicaError,
+    OverloadedError,
+    ReplicaLostError,
+)
+from stallfree.replicas.member import Member
+from stallfree.replicas.prefixes import blocks_of
+from stallfree.replicas.roster import Roster
+
+_ATTEMPTS = 4  # to run a request whose replicas are lost
+_RECOVERY_S = 120.0  # how long a request that was accepted waits for a replica
+_POLL_S = 0.02
+
+
+class ReplicatedEngine:
+    """A `ServedEngine` of several replicas.
+
+    Args:
+        roster: of the replicas, all of them ready; closed when this is.
+        settings: of each one's engine.
+        tokenizer: of their model.
+
+    Attributes:
+        facts: of each one's engine; the least of what they have.
+        tokenizer: of their model.
+        error: what ended it; nothing does, as replicas that die are replaced.
+        on_death: never called.
+    """
+
+    def __init__(self, roster: Roster, settings: EngineSettings, tokenizer: Tokenizer) -> None:
+        self.error: BaseException | None = None
+        self.on_death: Callable[[BaseException], None] | None = None
+        self.tokenizer = tokenizer
+        self._roster = roster
+        self._seed, self._num_added = settings.seed, 0
+        self._requests: set[str] = set()
+        self._draining = self._aborting = False
+        known = [member.facts for member in roster.ready if member.facts is not None]
+        self.facts: EngineFacts = replace(
+            known[0],
+            max_model_len=min(each.max_model_len for each in known),
+            kv_cache_tokens=min(each.kv_cache_tokens for each in known),
+            load_s=max(each.load_s for each in known),
+        )
+        self._refuse = RequestCheck(self.facts, settings.tiers)
+
+    @property
+    def num_running(self) -> int:
+        """Completions that hold KV blocks, as far as is known."""
+        return sum(each.report.num_running for each in self._roster.members if each.report)
+
+    @property
+    def num_waiting(self) -> int:
+        """Completions that wait for admission, as far as is known, and requests on their way."""
+        members = self._roster.members
+        known = sum(each.report.num_waiting for each in members if each.report)
+        return known + sum(each.num_unseen for each in members)
+
+    @property
+    def squeezed(self) -> Squeezed:
+        """What reading prompts cost against the latency target, in replicas that live."""
+        own = [each.report.squeezed for each in self._roster.members if each.report]
+        return Squeezed(sum(each.iterations for each in own), sum(each.over_s for each in own))
+
+    @property
+    def local(self) -> None:
+        """Nothing: the engines are in other processes."""
+        return
+
+    @property
+    def replicas(self) -> Sequence[ReplicaState]:
+        """Those that are ready, and those that load."""
+        return [each.state for each in self._roster.members]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica takes requests."""
+        return bool(self._roster.ready)
+
+    @property
+    def health(self) -> Mapping[str, object]:
+        """How many replicas there are to be, and how many are ready."""
+        return {"replicas": self._roster.count, "ready_replicas": len(self._roster.ready)}
+
+    def now(self) -> float:
+        """This process's clock, in seconds."""
+        return time.monotonic()
+
+    def start(self) -> None:
+        """Take requests in this event loop from now on."""
+        self._roster.start()
+
+    def stop(self) -> None:
+        """End all replicas; a second time does nothing."""
+        self._draining = True
+        self._roster.close()
+
+    async def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+    ) -> None:
+        """Raise what `generate` would raise for a bad request, without running it."""
+        if self._draining:
+            raise EngineStoppedError("the server is shutting down and takes no new requests")
+        if not self.is_ready:
+            raise _no_replica()
+        self._refuse(prompt_token_ids, params, targets)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets = DEFAULT_TARGETS,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[Delta | None, None]:
+        """Run a request on one replica, on others if that is lost before any of the answer came.
+
+        Yields:
+            See `ServedEngine.generate`.
+
+        Raises:
+            InvalidRequestError: the request is wrong; before anything is yielded.
+            OverloadedError: too much waits at each replica; before any of the answer is yielded.
+            NoReplicaError: no replica is ready; before any of the answer is yielded.
+            ReplicaLostError: the replica was lost after a part of the answer, or one after another.
+            EngineStoppedError: the server is about to end.
+        """
+        await self.check(prompt_token_ids, params, targets)
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
+        self._requests.add(request_id)
+        params = self._seeded(params)
+        is_accepted = has_output = False
+        try:
+            for attempt in range(1, _ATTEMPTS + 1):
+                deltas = self._run(request_id, prompt_token_ids, params, targets, cache_salt)
+                try:
+                    async with aclosing(deltas):
+                        async for delta in deltas:
+                            if delta is None and is_accepted:  # by another, which is lost
+                                continue
+                            is_accepted = True
+                            has_output = has_output or delta is not None
+                            yield delta
+                    return
+                except ReplicaLostError:
+                    if has_output or attempt == _ATTEMPTS:
+                        raise
+                await self.recover()
+        finally:
+            self._requests.discard(request_id)
+
+    async def recover(self) -> None:
+        """Wait, for a while, until a replica is ready.
+
+        Raises:
+            EngineStoppedError: the server is about to end.
+        """
+        deadline = time.monotonic() + _RECOVERY_S
+        while not self.is_ready and time.monotonic() < deadline:
+            if self._aborting:
+                raise EngineStoppedError("the server is shutting down")
+            await asyncio.sleep(_POLL_S)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new requests and wait for those that run.
+
+        Returns:
+            False if some had to be aborted because `timeout_s` passed.
+        """
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._requests:
+            if time.monotonic() >= deadline:
+                self._aborting = True
+                for member in self._roster.members:
+                    member.abort_all("the server is shutting down")
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
+
+    async def _run(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        targets: Targets,
+        cache_salt: str | None,
+    ) -> AsyncGenerator[Delta | None, None]:
+        """Run a request on the best replica, or on the next if that has too much to do."""
+        blocks = blocks_of(prompt_token_ids, self.facts.block_size, cache_salt)
+        tried: set[Member] = set()
+        refusal: OverloadedError | None = None
+        while member := self._choose(len(prompt_token_ids), blocks, tried):
+            tried.add(member)
+            deltas = member.run(
+                request_id, prompt_token_ids, params, targets, blocks, cache_salt=cache_salt
+            )
+            try:
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        yield delta
+                return
+            except OverloadedError as error:
+                refusal = refusal or error
+        raise refusal or _no_replica()
+
+    def _choose(self, num_tokens: int, blocks: Sequence[int], tried: set[Member]) -> Member | None:
+        """The replica whose first token is predicted to come first, of those not tried."""
+        members = [each for each in self._roster.ready if each not in tried]
+        if not members:
+            return None
+        return members[routing.choose([each.offer(blocks) for each in members], num_tokens)]
+
+    def _seeded(self, params: SamplingParams) -> SamplingParams:
+        """With the seed that one engine would draw: replicas that draw their own draw the same."""
+        self._num_added += 1
+        if params.seed is not None:
+            return params
+        drawn = mix(self._seed, self._num_added)
+        return replace(params, seed=drawn if drawn <= MAX_SEED else max(drawn - 2**64, -MAX_SEED))
+
+
+def _no_replica() -> NoReplicaError:
+    return NoReplicaError("no copy of the model is ready; one is being started")
