@@ -142,7 +142,7 @@ def test_a_client_that_leaves_and_a_failure_are_told_apart(
     finally:
         engine.executor = failing.executor
     fields = line(log, response.headers[HEADER])
-    assert (fields["status"], fields["reason"]) == (500, "error")
+    assert (fields["status"], fields["reason"]) == (503, "error")
     assert "ttft_ms" not in fields
 
 
