@@ -249,6 +249,7 @@ class Run:
             self.scheduler.fail(batch)
         if self.random.random() < 0.02:
             self.scheduler.recompute(self.in_flight)
+            self.model.slots.clear()
             self.in_flight, self.has_lost = [], True
 
     def step(self) -> None:
