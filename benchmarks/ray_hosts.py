@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from network import ADDRESSES, HOSTS, INTERFACE, ip, network
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from server import free_port, machine_facts, running, serve_command
+from server import ServerError, free_port, machine_facts, running, serve_command
 
 ROOT = Path(__file__).parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -104,15 +105,17 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """Serve so, cut the second host off, and join it again."""
     print(shlex.join(arguments), file=sys.stderr)
     port = free_port()
-    environment = {**os.environ, "RAY_ADDRESS": f"{ADDRESSES[0]}:{RAY_PORT}"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, **token, "RAY_ADDRESS": f"{ADDRESSES[0]}:{RAY_PORT}"}
     with (
-        cluster(),
+        cluster({**os.environ, **token}),
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         running(serve_command(arguments, port), port, log, environment) as url,
         clients(url) as seen,
     ):
         time.sleep(STEADY_S)
-        wait_for(lambda: any(error is None for _, error in seen.ends), RECOVERY_S)
+        if not any(error is None for _, error in seen.ends):
+            raise ServerError(f"no answer came: {seen.ends[:3]}")
         cut_at = time.monotonic()
         ip("-n", HOSTS[1], "link", "set", INTERFACE, "down")
         told_s = wait_for(lambda: not is_whole(url), CUT_S)
@@ -137,8 +140,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """A Ray node on each host; the second is started again whenever it ends."""
+def cluster(environment: dict[str, str]) -> Iterator[None]:
+    """A Ray node on each host, started again whenever it ends.
+
+    Args:
+        environment: of the nodes; who joins them needs its token.
+    """
     common = ["--num-cpus=1", "--disable-usage-stats", "--object-store-memory=80000000", "--block"]
     first = [*RAY, "start", "--head", f"--node-ip-address={ADDRESSES[0]}", f"--port={RAY_PORT}"]
     second = [*RAY, "start", f"--address={ADDRESSES[0]}:{RAY_PORT}"]
@@ -149,7 +156,10 @@ def cluster() -> Iterator[None]:
     def supervise(name: str, command: list[str]) -> None:
         while not stop.is_set():
             nodes[name] = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
             )
             nodes[name].wait()
             stop.wait(2)
@@ -178,12 +188,14 @@ def cluster() -> Iterator[None]:
 def clients(url: str) -> Iterator[Seen]:
     """Clients that stream one answer after another."""
     seen, stop = Seen(), threading.Event()
+    models = httpx.get(f"{url}/v1/models", timeout=60, trust_env=False).json()
+    model = models["data"][0]["id"]
 
     def work(index: int) -> None:
         turn = 0
         while not stop.is_set():
             turn += 1
-            error = stream(url, f"Question {index}.{turn}: why is the sky blue?", seen)
+            error = stream(url, model, f"Question {index}.{turn}: why is the sky blue?", seen)
             seen.ends.append((time.monotonic(), error))
             if error is not None:
                 stop.wait(1)
@@ -199,9 +211,10 @@ def clients(url: str) -> Iterator[Seen]:
             thread.join(RECOVERY_S)
 
 
-def stream(url: str, prompt: str, seen: Seen) -> str | None:
+def stream(url: str, model: str, prompt: str, seen: Seen) -> str | None:
     """Read an answer to its end; what went wrong, or None."""
-    body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "stream": True}
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS}
+    body |= {"ignore_eos": True, "stream": True}
     last = None
     try:
         with httpx.stream(
