@@ -110,7 +110,7 @@ class Watch:
             "ends": list(self._ends),
             "threads": sorted(
                 each.name for each in threading.enumerate() if "-text" not in each.name
-            ),  # but for those of the two pools that tokenize, which start when they are needed
+            ),  # but for those of the pools for text, which start when they are needed
             "files": len(os.listdir(PROC / "fd")),
             "rss_bytes": int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
         }

@@ -29,6 +29,7 @@ from stallfree.core.scheduler import Scheduler
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.completion import Completion
 from stallfree.engine.iteration_file import IterationFile
+from stallfree.engine.template_process import TemplateProcess
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.executor import torch_executor
 from stallfree.executor.torch_executor import TorchExecutor
@@ -64,7 +65,7 @@ def faults_of(engine: AsyncEngine) -> dict[str, Fault]:
     return {
         "tokenizer.encode": (Tokenizer, "encode", lambda _, text, *__: WORD in text),
         "tokenizer.decode": (Tokenizer, "decode", lambda _, ids, **__: POISON in ids),
-        "chat template": (Tokenizer, "render_chat", lambda _, m, *__: WORD in str(m)),
+        "chat template": (TemplateProcess, "render", lambda _, __, given: WORD in str(given)),
         "admission": (Admission, "check", lambda _, request, *__: _in_prompt(request)),
         "executor": (TorchExecutor, "execute", lambda _, batch: _in_batch(batch)),
         "memory": (TorchExecutor, "execute", lambda _, batch: _in_batch(batch)),

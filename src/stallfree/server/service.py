@@ -77,7 +77,7 @@ class Service:
         self._chat_template = _read_template(settings)
         self._short_texts = ThreadPoolExecutor(TEXT_THREADS, "stallfree-text")
         self._large_texts = ThreadPoolExecutor(1, "stallfree-large-text")
-        self._template_texts = ThreadPoolExecutor(1, "stallfree-template")
+        self._template_texts = ThreadPoolExecutor(1, "stallfree-template-text")
 
     def reload(self) -> None:
         """Read again what may change while the server runs: the API keys."""
