@@ -270,6 +270,20 @@ def test_an_idle_loss_is_noticed(settings: EngineSettings) -> None:
             until(own.engine.tend)
 
 
+def test_what_was_kept_is_forgotten_with_processes_that_idled(recovering: LLM) -> None:
+    prompt = list(range(5, 105))
+    engine = recovering.engine
+    first = recovering.generate([prompt], LONG)[0].outputs[0].token_ids
+    hits = engine.scheduler.prefix_hits
+    lost = workers(recovering)[0].pid
+    os.kill(lost, signal.SIGKILL)
+    while workers(recovering)[0].pid == lost:
+        engine.tend()
+        time.sleep(0.01)
+    assert recovering.generate([prompt], LONG)[0].outputs[0].token_ids == first
+    assert engine.scheduler.prefix_hits == hits
+
+
 def test_a_process_that_cannot_start_says_why(
     settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,7 +303,8 @@ class Engine:
         return [self._failure(each, reason) for each in own if each is not None]
 
     def _restart(self, workers: WorkerPipeline) -> None:
-        """Begin anew, again if a worker is lost even while it starts."""
+        """Begin anew, again if a worker is lost even while it starts; all KV is lost with them."""
+        self.scheduler.recompute(())
         for attempt in range(_RESTARTS):
             try:
                 workers.restart()

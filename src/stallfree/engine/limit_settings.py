@@ -86,7 +86,7 @@ class LimitSettings(ObservabilitySettings):
     max_concurrent_requests: Annotated[
         int,
         Flag(
-            "Most requests under way, but for those of /health and /version.",
+            "Most requests for tokens and models under way; those who watch take no place.",
             "COUNT",
             panel=_LIMITS,
         ),

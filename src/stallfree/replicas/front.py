@@ -25,6 +25,7 @@ from stallfree.engine.settings import MAX_SEED, EngineSettings
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import (
     EngineStoppedError,
+    ExecutorError,
     InvalidRequestError,
     NoReplicaError,
     OverloadedError,
@@ -34,7 +35,7 @@ from stallfree.replicas.member import Member
 from stallfree.replicas.prefixes import blocks_of
 from stallfree.replicas.roster import Roster
 
-_ATTEMPTS = 4  # to run a request whose replicas are lost
+_ATTEMPTS = 3  # to run a request whose replicas are lost
 _RECOVERY_S = 120.0  # how long a request that was accepted waits for a replica
 _POLL_S = 0.02
 
@@ -60,6 +61,7 @@ class ReplicatedEngine:
         self.tokenizer = tokenizer
         self._roster = roster
         self._seed, self._num_added = settings.seed, 0
+        self._keeps_prefixes = settings.prefix_caching
         self._requests: set[str] = set()
         self._draining = self._aborting = False
         known = [member.facts for member in roster.ready if member.facts is not None]
@@ -152,7 +154,8 @@ class ReplicatedEngine:
             InvalidRequestError: the request is wrong; before anything is yielded.
             OverloadedError: too much waits at each replica; before any of the answer is yielded.
             NoReplicaError: no replica is ready; before any of the answer is yielded.
-            ReplicaLostError: the replica was lost after a part of the answer, or one after another.
+            ReplicaLostError: the replica was lost after a part of the answer.
+            ExecutorError: one replica after another was lost.
             EngineStoppedError: the server is about to end.
         """
         await self.check(prompt_token_ids, params, targets)
@@ -173,9 +176,12 @@ class ReplicatedEngine:
                             has_output = has_output or delta is not None
                             yield delta
                     return
-                except ReplicaLostError:
-                    if has_output or attempt == _ATTEMPTS:
+                except ReplicaLostError as error:
+                    if has_output:
                         raise
+                    if attempt == _ATTEMPTS:
+                        message = f"the copies of the model that ran it were lost: {error}"
+                        raise ExecutorError(message) from None
                 await self.recover()
         finally:
             self._requests.discard(request_id)
@@ -218,7 +224,9 @@ class ReplicatedEngine:
         cache_salt: str | None,
     ) -> AsyncGenerator[Delta | None, None]:
         """Run a request on the best replica, or on the next if that has too much to do."""
-        blocks = blocks_of(prompt_token_ids, self.facts.block_size, cache_salt)
+        blocks: list[int] = []
+        if self._keeps_prefixes:
+            blocks = blocks_of(prompt_token_ids, self.facts.block_size, cache_salt)
         tried: set[Member] = set()
         refusal: OverloadedError | None = None
         while member := self._choose(len(prompt_token_ids), blocks, tried):

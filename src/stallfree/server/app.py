@@ -60,7 +60,7 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
             allow_origins=settings.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", REQUEST_ID],
         )
     for kind in (StallfreeError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -65,7 +65,7 @@ def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
     engine.observers.add(feed.live)
 
     async def stream(_: Request) -> Response:
-        return EventStream(feed.events(), service.settings.max_unread_bytes)
+        return EventStream(feed.events(), max_unread_bytes=None)
 
     protected.add_api_route("/dashboard/feed", stream, methods=["GET"], include_in_schema=False)
 

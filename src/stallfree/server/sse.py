@@ -64,12 +64,13 @@ class EventStream(Response):
 
     Args:
         events: the bytes of each, which are taken as they come, whether the client reads or not.
-        max_unread_bytes: of events that wait for the client; it is dropped if there are more.
+        max_unread_bytes: of events that wait for the client; it is dropped if there are more. With
+            None each event is made when the one before was taken.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], max_unread_bytes: int) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], max_unread_bytes: int | None) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -103,13 +104,16 @@ class EventStream(Response):
 
     async def _fill(self, backlog: _Backlog, abort: Callable[[], None]) -> None:
         """Take all events; one after more than may wait drops the client."""
+        limit = self._max_unread_bytes
         try:
             async for data in self._events:
-                if backlog.num_bytes > self._max_unread_bytes:
+                if limit is not None and backlog.num_bytes > limit:
                     logger.info("dropped a client that left %d bytes unread", backlog.num_bytes)
                     abort()
                     await asyncio.Future()  # ends when it is noticed that the client is gone
                 backlog.add(data)
+                if limit is None:
+                    await backlog.taken()
                 await asyncio.sleep(0)  # in a burst, too, send, and notice that the client has left
         except Exception as error:
             backlog.add(event(api_error(error).body()))
@@ -128,6 +132,10 @@ class _Backlog:
         self.num_bytes += len(data)
         self._parts.put_nowait(data)
 
+    async def taken(self) -> None:
+        """Wait until the client has taken all of it, as far as is known here."""
+        await self._parts.join()
+
     def end(self) -> None:
         """Say that there is no more."""
         self._parts.put_nowait(None)
@@ -137,4 +145,5 @@ class _Backlog:
         while (data := await self._parts.get()) is not None:
             self.num_bytes -= len(data)
             await send({"type": "http.response.body", "body": data, "more_body": True})
+            self._parts.task_done()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
