@@ -29,7 +29,10 @@ ENGINE = (
 )
 BODY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 # Differ between two moments of a server, or may.
-_PASSING = ("added", "refused", "ended", "iterations", "iterations_s", "ends", "rss_bytes")
+_PASSING = (
+    *("added", "refused", "ended", "ends", "rss_bytes"),
+    *("iterations", "iterations_s", "failed_iterations"),
+)
 
 
 def model_in(folder: Path, max_position_embeddings: int = 4096) -> Path:
@@ -116,8 +119,9 @@ class Server:
         try:
             return seconds_until(lambda: self.left() == before, 10.0)
         except AssertionError:
-            assert self.left() == before
-            raise
+            now = self.left()
+            left = {name: (before[name], now[name]) for name in now if now[name] != before[name]}
+            raise AssertionError(f"before and now: {left}") from None
 
     def is_healthy(self) -> bool:
         """Whether it takes requests."""

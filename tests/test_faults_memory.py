@@ -24,7 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
     engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
-    with server(model, "--kv-cache-memory", "8MiB", engine=engine) as own:
+    memory = ("--kv-cache-memory", "8MiB", "--no-prefix-caching")  # so that all is read again
+    with server(model, *memory, engine=engine) as own:
         expected = own.text(PROMPT, max_tokens=8), own.text(max_tokens=200)
         before = own.left()
         bystander = Stream(own, max_tokens=200)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_fixtures import Stream, model_in, note, server, start, stop
+from fault_fixtures import Stream, model_in, note, seconds_until, server, start, stop
 
 from stallfree.cache import cache_folder
 from stallfree.model.int8 import is_supported
@@ -47,7 +47,7 @@ def test_a_server_under_load_is_ended_and_starts_again(model: Path, how: signal.
             stream.end()
             ended_by_server = bool(stream.events) and "error" in stream.events[-1]
             assert ended_by_server if how is signal.SIGTERM else stream.error is not None
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        seconds_until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()])
     with server(model, port=port) as again:
         healthy_s = time.monotonic() - started
         assert again.port == port
