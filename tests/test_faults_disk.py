@@ -212,5 +212,6 @@ def test_only_what_people_read_is_told_by_the_time_of_day() -> None:
     assert {use for use in uses if not re.search(r'"created"|\.created = ', use[1])} <= {
         ("engine/chat_template.py", "return datetime.now().strftime(form)"),  # for templates
         ("bench/client.py", "began = datetime.now(UTC)"),  # when a report is from
+        ("server/tracing.py", "to_epoch_s = time.time() - self._now()"),  # of finished spans
         ("model/int8_cache.py", "started = time.time_ns()"),  # compared with times of files
     }
