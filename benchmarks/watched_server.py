@@ -33,6 +33,7 @@ from stallfree.server import app as server_app
 
 KEPT = 512  # ends of iterations and requests that are remembered
 PROC = Path("/proc/self")
+POOLS = ("stallfree-text", "stallfree-large-text", "stallfree-template")  # start when needed
 
 Extension = Callable[[FastAPI, AsyncEngine], None]
 
@@ -109,8 +110,8 @@ class Watch:
             "iterations_s": list(self._iterations_s),
             "ends": list(self._ends),
             "threads": sorted(
-                each.name for each in threading.enumerate() if "-text" not in each.name
-            ),  # but for those of the pools for text, which start when they are needed
+                each.name for each in threading.enumerate() if not each.name.startswith(POOLS)
+            ),
             "files": len(os.listdir(PROC / "fd")),
             "rss_bytes": int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
         }

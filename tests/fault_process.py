@@ -65,7 +65,7 @@ def faults_of(engine: AsyncEngine) -> dict[str, Fault]:
     return {
         "tokenizer.encode": (Tokenizer, "encode", lambda _, text, *__: WORD in text),
         "tokenizer.decode": (Tokenizer, "decode", lambda _, ids, **__: POISON in ids),
-        "chat template": (TemplateProcess, "render", lambda _, __, given: WORD in str(given)),
+        "chat template": (TemplateProcess, "render", lambda _, __, found: WORD in str(found)),
         "admission": (Admission, "check", lambda _, request, *__: _in_prompt(request)),
         "executor": (TorchExecutor, "execute", lambda _, batch: _in_batch(batch)),
         "memory": (TorchExecutor, "execute", lambda _, batch: _in_batch(batch)),

@@ -28,6 +28,9 @@ STRUCK: dict[str, tuple[str, dict[str, Any], int]] = {
     "sampler": ("/v1/completions", {"prompt": [5, 6, 7], "seed": POISON}, 500),
     "detokenizer": ("/v1/completions", {"prompt": [5, POISON]}, 500),
 }
+# Errors that nobody expects: the server closes the connection, and says so, lest a client that
+# sends the next request there sees a broken one.
+CLOSING = ("tokenizer.encode", "tokenizer.decode", "chat template", "admission")
 # By fault: nobody is struck, as it is not needed for an answer.
 UNNOTICED = ("observer", "iteration file")
 # By fault: nothing can go on without it.
@@ -65,6 +68,7 @@ def test_a_fault_strikes_one_request_alone(running: Server, expected: str, fault
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "server_error"
         assert "secret" not in answer.text
+        assert (answer.headers.get("connection") == "close") == (fault in CLOSING)
         if path == "/v1/completions" and fault != "tokenizer.encode":
             streamed = running.http.post(path, json={**body, "stream": True})
             assert "server_error" in streamed.text

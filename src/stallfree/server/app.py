@@ -128,7 +128,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             answer = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case StallfreeError():
             answer = api_error(error)
-        case _:  # raised again and logged by those who called
-            answer = ApiError(500, FAILED)
+        case _:  # raised again, logged, and the connection closed, by those who called
+            answer = ApiError(500, FAILED, headers={"Connection": "close"})
     headers = {**(answer.headers or {}), REQUEST_ID: current_note().request_id}
     return JSONResponse(answer.body(), answer.status, headers)
