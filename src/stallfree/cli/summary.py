@@ -25,7 +25,7 @@ def print_summary(
     for note in engine.notes:
         console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     has_key = server.api_key is not None or server.api_keys_file is not None
-    key = f" (${API_KEY_VARIABLE} holds the key)" if has_key else ""
+    key = f" (with a key in ${API_KEY_VARIABLE})" if has_key else ""
     console.print(f"\nTry it{key}:\n", highlight=False)
     console.print(
         curl_line(url, server.served_model_name or facts.model_name, has_key),

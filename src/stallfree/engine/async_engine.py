@@ -29,6 +29,7 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    WorkersLostError,
 )
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,10 @@ class AsyncEngine:
                 for delta in self.engine.step():
                     self._deliver(delta)
         except BaseException as error:
-            logger.exception("the engine has died")
+            if isinstance(error, WorkersLostError):  # its message says all
+                logger.error("the engine has ended: %s", error)
+            else:
+                logger.exception("the engine has died")
             self.error = error
             self._end_all("error", ExecutorError(f"the engine has died: {error!r}"))
             if self.on_death is not None:

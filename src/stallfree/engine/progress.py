@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Progress(Progress):
+    """One that logs what it begins where it shows nothing."""
+
+    def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
+        """Begin a task."""
+        if self.disable:
+            logger.info("%s", description)
+        return super().add_task(description, *args, **kwargs)
 
 
 def progress(shown: bool) -> Progress:
-    """A progress bar on stderr, if that is a terminal."""
+    """A progress bar on stderr, if that is a terminal; else a line of the log for each task."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -15,6 +37,6 @@ def progress(shown: bool) -> Progress:
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
-    return Progress(
+    return _Progress(
         *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
     )
