@@ -105,10 +105,14 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """Serve so, cut the second host off, and join it again."""
     print(shlex.join(arguments), file=sys.stderr)
     port = free_port()
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**os.environ, **token, "RAY_ADDRESS": f"{ADDRESSES[0]}:{RAY_PORT}"}
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+    }
+    environment = {**os.environ, **own, "RAY_ADDRESS": f"{ADDRESSES[0]}:{RAY_PORT}"}
     with (
-        cluster({**os.environ, **token}),
+        cluster({**os.environ, **own}),
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         running(serve_command(arguments, port), port, log, environment) as url,
         clients(url) as seen,
