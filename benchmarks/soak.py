@@ -42,7 +42,9 @@ from stall import first_model
 
 ROOT = Path(__file__).parent.parent
 WATCHED = Path(__file__).with_name("watched_server.py")
+# A KV cache that has been filled by the end of the warm-up: its pages are taken when they are used.
 SERVE = "--tbt-slo {slo_ms}ms --max-queued-requests 64 --max-model-len 2048"
+SERVE += " --kv-cache-memory 256MiB"
 LOAD, HOSTILE = 2.0, 0.5  # good requests by the capacity; hostile ones by the good ones
 PROBE_CLIENTS, MOST_OPEN = 16, 400
 WINDOWS = 6

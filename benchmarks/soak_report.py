@@ -27,7 +27,7 @@ def promises(result: Mapping[str, Any], slo_ms: float) -> dict[str, tuple[bool, 
     return {
         "every status as it should be": (
             not unexpected and not num_broken,
-            f"{result['sent']:,} sent, {num_broken} others"
+            f"{result['sent']:,} sent, {num_broken} got another"
             + (f": {unexpected}" * bool(num_broken)),
         ),
         "no iteration failed": (
