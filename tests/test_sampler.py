@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stallfree.core.counter_random import uniform
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.model.sampler import SamplerRow, likeliest, sample
 
@@ -51,6 +52,23 @@ def test_draws_follow_the_distribution(temperature: float, cut: dict[str, Any]) 
     for token in range(VOCAB):
         deviation = (float(expected[token]) * (1 - float(expected[token])) / count) ** 0.5
         assert abs(actual[token] / count - float(expected[token])) < 5 * deviation + 1e-4
+
+
+@pytest.mark.parametrize("vocab", [127, 128, 129, 1000])
+def test_a_draw_is_where_a_running_sum_over_the_vocabulary_reaches_its_number(vocab: int) -> None:
+    logits = logits_of(2, vocab=vocab)
+    logits[0, torch.arange(0, vocab, 3)] = -torch.inf
+    sums = torch.softmax(logits[0], dim=-1).double().cumsum(dim=-1)
+    rows = [row(seed=seed, temperature=1.0) for seed in range(500)]
+    for one, token in zip(rows, sample(logits.repeat(500, 1), rows), strict=True):
+        assert token == int((sums <= uniform(one.seed, 0) * sums[-1]).sum())
+
+
+@pytest.mark.parametrize("place", [0, 100, 127, 128, 299])
+def test_of_equal_logits_the_first_is_greedy(place: int) -> None:
+    logits = logits_of(3, vocab=300)
+    logits[0, place:] = 1e4
+    assert sample(logits, [row(temperature=0)]) == [place]
 
 
 def kept_tokens(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:

@@ -81,7 +81,7 @@ class TorchExecutor:
 
 def _sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> tuple[Sample, ...]:
     asked = [index for index, row in enumerate(rows) if row.num_logprobs is not None]
-    logprobs = dict(zip(asked, logits[asked].log_softmax(dim=-1), strict=True))
+    logprobs = {index: logits[index].log_softmax(dim=-1) for index in asked}
     tokens = sample(logits, [row.sampler for row in rows])
     samples = []
     for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import pad
 
 from stallfree.core.counter_random import uniform
 from stallfree.core.sampling_params import SamplingParams
 
 _CUT_WIDTHS = (256, 4096)  # likeliest tokens to sort before sorting the whole vocabulary
+_DRAWN_AT_ONCE = 8  # rows whose probabilities are held: more is slower, and memory goes up and down
+_BLOCK = 128  # columns that are drawn from together: most vocabularies are whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +49,18 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[int | None]
     not affected.
     """
     _adjust(logits, rows)
-    broken = ~torch.isfinite(logits.amax(dim=-1))
-    tokens = logits.argmax(dim=-1)
-    random_rows = [
-        index
-        for index, (row, is_broken) in enumerate(zip(rows, broken.tolist(), strict=True))
-        if not (row.params.is_greedy or is_broken)
-    ]
-    if random_rows:
-        chosen = torch.tensor(random_rows, device=logits.device)
-        tokens[chosen] = _draw(logits[chosen], [rows[index] for index in random_rows])
+    tokens, tops = _likeliest_each(logits)
+    broken = ~torch.isfinite(tops)
+    drawn: dict[bool, list[int]] = {False: [], True: []}  # by whether cuts are asked for
+    for index, (row, is_broken) in enumerate(zip(rows, broken.tolist(), strict=True)):
+        if not (row.params.is_greedy or is_broken):
+            drawn[_cuts(row.params)].append(index)
+    for cuts, indices in drawn.items():
+        draw = _draw_cut if cuts else _draw
+        for first in range(0, len(indices), _DRAWN_AT_ONCE):
+            some = indices[first : first + _DRAWN_AT_ONCE]
+            chosen, own = torch.tensor(some, device=logits.device), [rows[index] for index in some]
+            tokens[chosen] = draw(_probabilities(logits[chosen], tops[chosen], own), own)
     tokens[broken] = -1
     return [token if token >= 0 else None for token in tokens.tolist()]
 
@@ -141,36 +146,56 @@ def _distinct(prompt_token_ids: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(sorted(set(prompt_token_ids)), dtype=torch.int64)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-    """Draw a token for each row of `logits` (R, V) at its temperature, within its cuts."""
+def _likeliest_each(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the largest of each row of `logits` (R, V), and how large it is.
+
+    By blocks: `argmax` alone reads at a sixth of the speed.
+    """
+    blocks = _in_blocks(logits, -torch.inf)
+    block = blocks.amax(dim=-1).argmax(dim=-1)
+    own = blocks[torch.arange(len(logits), device=logits.device), block]
+    tops, columns = own.max(dim=-1)
+    return block * _BLOCK + columns, tops
+
+
+def _in_blocks(values: torch.Tensor, filler: float) -> torch.Tensor:
+    """`values` (R, n) as (R, blocks, `_BLOCK`), the last one filled up."""
+    missing = -values.shape[-1] % _BLOCK
+    if missing:
+        values = pad(values, (0, missing), value=filler)
+    return values.unflatten(-1, (-1, _BLOCK))
+
+
+def _probabilities(
+    logits: torch.Tensor, tops: torch.Tensor, rows: Sequence[SamplerRow]
+) -> torch.Tensor:
+    """Of tokens (R, V) at each row's temperature, from logits and the largest of each row."""
     temperature = _column([row.params.temperature for row in rows], logits)
-    shifted = logits - logits.amax(dim=-1, keepdim=True)
-    probs = torch.softmax(shifted / temperature, dim=-1)
-    uniforms = _column(
-        [uniform(row.seed, row.num_output_tokens) for row in rows], logits, torch.float64
-    )
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    cut = torch.tensor([_cuts(row.params) for row in rows], device=logits.device)
-    if not cut.all():
-        tokens[~cut] = _invert(probs[~cut], uniforms[~cut])
-    if cut.any():
-        params = [row.params for row in rows if _cuts(row.params)]
-        tokens[cut] = _draw_cut(probs[cut], params, uniforms[cut])
-    return tokens
+    return torch.softmax((logits - tops[:, None]) / temperature, dim=-1)
 
 
 def _cuts(params: SamplingParams) -> bool:
     return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
 
 
-def _draw_cut(
-    probs: torch.Tensor, params: Sequence[SamplingParams], uniforms: torch.Tensor
-) -> torch.Tensor:
+def _uniforms(rows: Sequence[SamplerRow], like: torch.Tensor) -> torch.Tensor:
+    """A number (R, 1) in [0, 1) for the next token of each row."""
+    numbers = [uniform(row.seed, row.num_output_tokens) for row in rows]
+    return _column(numbers, like, torch.float64)
+
+
+def _draw(probs: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
+    """Draw from all tokens of each row of `probs` (R, V)."""
+    return _invert(probs, _uniforms(rows, probs))
+
+
+def _draw_cut(probs: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     """Draw from the likeliest tokens of each row of `probs` (R, V).
 
     As few tokens are sorted as the row's own cuts need, whatever the other rows need: how many
     are sorted decides the order of equals.
     """
+    params, uniforms = [row.params for row in rows], _uniforms(rows, probs)
     vocab = probs.shape[-1]
     top_k = _column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], probs)
     top_p = _column([p.top_p for p in params], probs)
@@ -212,11 +237,25 @@ def _keep(
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Columns of `weights` (R, n) drawn in proportion, by one number (R, 1) in [0, 1) each."""
-    cumulative = weights.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    targets = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    """Columns of `weights` (R, n) drawn in proportion, by one number (R, 1) in [0, 1) each.
+
+    First a block of columns is drawn, then a column of it: sums of blocks are much faster than a
+    running sum of all.
+    """
+    blocks = _in_blocks(weights, 0.0)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    cumulative = sums.cumsum(dim=-1)
+    targets = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
+    block = torch.searchsorted(cumulative, targets, right=True)
+    own = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=-1)
+    rest = (targets - (cumulative - sums).gather(1, block)).clamp(min=0)
+    rest = _below(rest, own[:, -1:])
+    return (block * _BLOCK + torch.searchsorted(own, rest, right=True))[:, 0]
+
+
+def _below(values: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Values, cut to what is less than their limits."""
+    return torch.minimum(values, limits.nextafter(torch.zeros_like(limits)))
 
 
 def _column(
