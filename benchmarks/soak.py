@@ -4,7 +4,8 @@
     python benchmarks/soak.py --minutes 1
 
 Good requests of every kind arrive at random at twice the rate that a closed loop finished before; a
-quarter of their clients leave. Half as many hostile ones come with them. Meanwhile a few
+quarter of their clients leave, and those of tier `flex`, which takes what the others leave, give
+up after two minutes. Half as many hostile ones come with them. Meanwhile a few
 well-behaved clients of tier `priority` ask one thing after another. The promises:
 
 - no crash, and no iteration that failed; whatever comes in gets the status it should;

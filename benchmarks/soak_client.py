@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from soak_traffic import OK, TOO_LARGE, Sending, http_request
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 120.0
 LINE_BYTES = 64 << 20
 
 FINISHED, REFUSED, LEFT, BROKEN = "finished", "refused", "left", "broken"
@@ -73,7 +73,7 @@ async def exchange(url: str, sending: Sending, answer: Answer) -> str:
         async with asyncio.timeout(sending.leaves_after_s or TIMEOUT_S):
             await _talk(url, sending.payload, answer)
     except TimeoutError:
-        if sending.leaves_after_s is not None:
+        if sending.leaves_after_s is not None or sending.may_starve:
             return LEFT
         answer.error = f"no answer within {TIMEOUT_S:g} s"
         return BROKEN

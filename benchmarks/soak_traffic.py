@@ -33,6 +33,7 @@ class Sending:
         statuses: what the answer may be; empty if there need not be one.
         choices: completions that are asked for; 0 if the server is to refuse it.
         leaves_after_s: when its client closes the connection, if it does.
+        may_starve: it is of tier `flex`, which at twice the capacity may wait for ever.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Sending:
     statuses: frozenset[int]
     choices: int = 0
     leaves_after_s: float | None = None
+    may_starve: bool = False
 
 
 def http_request(
@@ -89,6 +91,7 @@ def good(draws: random.Random, model: str, *, most_words: int, most_tokens: int)
         OK | FULL,
         prompts * n,
         leaves,
+        may_starve=body.get("service_tier") == "flex",
     )
 
 
