@@ -56,6 +56,12 @@ def workers(server_pid: int) -> list[int]:
     return sorted(found)
 
 
+def health(url: str) -> tuple[int, str]:
+    """Of a server: the status of HTTP, and its own."""
+    answer = httpx.get(f"{url}/health", timeout=60, trust_env=False)
+    return answer.status_code, answer.json()["status"]
+
+
 def gone(pids: list[int], seconds: float = 10.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -126,6 +132,9 @@ def test_answers_survive_ten_kills_at_random_moments(tmp_path: Path) -> None:
                 time.sleep(0.01)
             seen |= set(own)
             os.kill(rng.choice(own), signal.SIGKILL)
+            while kill == 0 and health(url) != (503, "starting"):
+                assert process.poll() is None
+                time.sleep(0.01)
         before = num_answers[0]
         while num_answers[0] < before + len(prompts):
             assert any(each.is_alive() for each in clients)
@@ -135,6 +144,7 @@ def test_answers_survive_ten_kills_at_random_moments(tmp_path: Path) -> None:
             each.join(120)
         assert not any(each.is_alive() for each in clients)
         assert wrong == []
+        assert health(url) == (200, "ok")
         assert len(seen) > KILLS
         process.terminate()
         assert process.wait(60) == 0

@@ -117,8 +117,8 @@ class AsyncEngine:
 
     @property
     def is_ready(self) -> bool:
-        """Always: it is one with what runs the model."""
-        return True
+        """Whether what runs the model is there: not while lost workers are started anew."""
+        return not self.engine.is_restarting
 
     @property
     def health(self) -> Mapping[str, object]:

@@ -58,6 +58,7 @@ class Engine:
 
     Attributes:
         observers: told of requests and iterations.
+        is_restarting: whether lost workers are being started anew; may be read from any thread.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Engine:
         self._check = RequestCheck(facts, self._tiers)
         self.admission = admission or Admission()
         self.observers = Observers()
+        self.is_restarting = False
         self._iteration_file = iteration_file
         self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
         self._workers = pipeline
@@ -305,14 +307,16 @@ class Engine:
     def _restart(self, workers: WorkerPipeline) -> None:
         """Begin anew, again if a worker is lost even while it starts; all KV is lost with them."""
         self.scheduler.recompute(())
+        self.is_restarting = True
         for attempt in range(_RESTARTS):
             try:
                 workers.restart()
-                return
+                break
             except WorkersLostError as error:
                 if attempt == _RESTARTS - 1:
                     raise
                 logger.error("the workers are started anew again: %s", error)
+        self.is_restarting = False
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():
