@@ -12,8 +12,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 from stallfree.core.budget import Squeezed
@@ -190,6 +190,10 @@ class AsyncEngine:
             self._streams.pop(request_id, None)
             if num_open:
                 self._inbox.put(lambda: self.engine.abort(request_id))
+
+    def keeping(self, request_ids: Iterable[str]) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing: no request runs again here."""
+        return nullcontext()
 
     async def recover(self) -> None:
         """Nothing is lost without this process."""

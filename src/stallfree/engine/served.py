@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,6 +130,16 @@ class ServedEngine(Protocol):
             InvalidRequestError: the request is wrong; before anything is yielded.
             OverloadedError: too much waits; before anything is yielded.
             EngineError: it cannot be taken, or cannot be finished.
+        """
+        ...
+
+    def keeping(self, request_ids: Iterable[str]) -> AbstractContextManager[None]:
+        """Have requests count as under way until the end of the block, even between two runs.
+
+        In it they may run again after they were lost, also while the engine drains.
+
+        Raises:
+            EngineStoppedError: the engine takes no more requests.
         """
         ...
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from stallfree.core import routing
@@ -62,7 +62,8 @@ class ReplicatedEngine:
         self._roster = roster
         self._seed, self._num_added = settings.seed, 0
         self._keeps_prefixes = settings.prefix_caching
-        self._requests: set[str] = set()
+        self._requests: set[str] = set()  # that run
+        self._kept: set[str] = set()  # that may run again
         self._draining = self._aborting = False
         known = [member.facts for member in roster.ready if member.facts is not None]
         self.facts: EngineFacts = replace(
@@ -131,11 +132,8 @@ class ReplicatedEngine:
         targets: Targets = DEFAULT_TARGETS,
     ) -> None:
         """Raise what `generate` would raise for a bad request, without running it."""
-        if self._draining:
-            raise EngineStoppedError("the server is shutting down and takes no new requests")
-        if not self.is_ready:
-            raise _no_replica()
-        self._refuse(prompt_token_ids, params, targets)
+        self._check_accepting()
+        self._check(prompt_token_ids, params, targets)
 
     async def generate(
         self,
@@ -158,7 +156,9 @@ class ReplicatedEngine:
             ExecutorError: one replica after another was lost.
             EngineStoppedError: the server is about to end.
         """
-        await self.check(prompt_token_ids, params, targets)
+        if self._aborting or request_id not in self._kept:
+            self._check_accepting()
+        self._check(prompt_token_ids, params, targets)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         self._requests.add(request_id)
@@ -186,6 +186,23 @@ class ReplicatedEngine:
         finally:
             self._requests.discard(request_id)
 
+    @contextmanager
+    def keeping(self, request_ids: Iterable[str]) -> Iterator[None]:
+        """Have requests count as under way until the end of the block, even between two runs.
+
+        In it they may run again after they were lost, also while this drains.
+
+        Raises:
+            EngineStoppedError: the server is about to end.
+        """
+        self._check_accepting()
+        own = frozenset(request_ids)
+        self._kept |= own
+        try:
+            yield
+        finally:
+            self._kept -= own
+
     async def recover(self) -> None:
         """Wait, for a while, until a replica is ready.
 
@@ -206,7 +223,7 @@ class ReplicatedEngine:
         """
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._requests:
+        while self._requests or self._kept:
             if time.monotonic() >= deadline:
                 self._aborting = True
                 for member in self._roster.members:
@@ -214,6 +231,17 @@ class ReplicatedEngine:
                 return False
             await asyncio.sleep(_POLL_S)
         return True
+
+    def _check_accepting(self) -> None:
+        if self._draining:
+            raise EngineStoppedError("the server is shutting down and takes no new requests")
+
+    def _check(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, targets: Targets
+    ) -> None:
+        if not self.is_ready:
+            raise _no_replica()
+        self._refuse(prompt_token_ids, params, targets)
 
     async def _run(
         self,
