@@ -396,3 +396,13 @@ def test_after_the_drain_timeout_nothing_runs_again(settings: EngineSettings) ->
                     await ask(front, "kept", [1], GREEDY)
 
     asyncio.run(main())
+
+
+def test_it_is_logged_when_each_is_ready_but_that_is_no_warning(
+    settings: EngineSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "stallfree.replicas"):
+        make_front(ThreadFleet(settings)).stop()
+    told = [each for each in caplog.records if each.getMessage().endswith("is ready")]
+    assert [each.levelname for each in told] == ["INFO", "INFO"]
+    assert {each.getMessage()[:9] for each in told} == {"replica 0", "replica 1"}

@@ -167,8 +167,7 @@ class Roster:
                 logger.error("%s could not be built: %s", member.name, error)
             case Ready(facts):
                 member.is_loaded(facts)
-                if self._loop is not None:
-                    logger.warning("%s is ready", member.name)
+                logger.info("%s is ready", member.name)
             case Events():
                 member.take(message)
 
