@@ -13,7 +13,9 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
 from stallfree.engine.tokenizer import Tokenizer
+from stallfree.engine.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,14 @@ class ServedEngine(Protocol):
 
     def now(self) -> float:
         """Its clock, in seconds: `Delta.scheduled_at` is of this one."""
+        ...
+
+    async def readings(self) -> Mapping[str, EngineReading]:
+        """What each copy of the model did, by its place; what one engine did, by no name."""
+        ...
+
+    def trace(self) -> Trace:
+        """Record from now on; there is no recording under way."""
         ...
 
     def start(self) -> None:

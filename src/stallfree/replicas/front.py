@@ -19,6 +19,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
 from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.served import ReplicaState
 from stallfree.engine.settings import MAX_SEED, EngineSettings
@@ -34,9 +35,11 @@ from stallfree.errors import (
 from stallfree.replicas.member import Member
 from stallfree.replicas.prefixes import blocks_of
 from stallfree.replicas.roster import Roster
+from stallfree.replicas.trace import FleetTrace
 
 _ATTEMPTS = 3  # to run a request whose replicas are lost
 _RECOVERY_S = 120.0  # how long a request that was accepted waits for a replica
+_READING_S = 1.0  # how long a replica that is asked what it did is waited for
 _POLL_S = 0.02
 
 
@@ -115,6 +118,20 @@ class ReplicatedEngine:
     def now(self) -> float:
         """This process's clock, in seconds."""
         return time.monotonic()
+
+    async def readings(self) -> Mapping[str, EngineReading]:
+        """What each replica that is ready did, by its place.
+
+        One that does not answer in time is as it was when it last did, until it is lost.
+        """
+        members = self._roster.ready
+        found = await asyncio.gather(*(each.reading(_READING_S) for each in members))
+        pairs = zip(members, found, strict=True)
+        return {str(member.index): reading for member, reading in pairs if reading is not None}
+
+    def trace(self) -> FleetTrace:
+        """Have each replica that is ready record from now on; no recording is under way."""
+        return FleetTrace({each.index: each.trace() for each in self._roster.ready})
 
     def start(self) -> None:
         """Take requests in this event loop from now on."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from stallfree.errors import ReplicaLostError, StallfreeError, WorkersLostError
 from stallfree.replicas.member import Member
-from stallfree.replicas.messages import Events, Failed, Hello, Place, Ready
+from stallfree.replicas.messages import Events, Failed, Hello, Measured, Place, Ready, Recorded
 from stallfree.replicas.wire import Gate, hang_up
 
 LOADING_TIMEOUT_S = 900.0  # of a large model from a slow disk, or with kernels to compile
@@ -168,7 +168,7 @@ class Roster:
             case Ready(facts):
                 member.is_loaded(facts)
                 logger.info("%s is ready", member.name)
-            case Events():
+            case Events() | Measured() | Recorded():
                 member.take(message)
 
     def _lose(self, member: Member, reason: str) -> None:
