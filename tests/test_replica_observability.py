@@ -17,6 +17,7 @@ from server_fixtures import RunningServer, serve, tiny_engine, wait_until
 from stallfree.core.budget import Squeezed
 from stallfree.engine.settings import EngineSettings
 from stallfree.engine.trace_recorder import ITERATIONS, REQUESTS, TraceRecorder
+from stallfree.replicas.front import ReplicatedEngine
 from stallfree.replicas.messages import Events, Hello, Measure, Ready, Report
 from stallfree.replicas.wire import connect
 
@@ -111,6 +112,11 @@ def test_whoever_replaces_a_replica_has_its_label_and_counts_from_zero(
         assert value(scrape(server), "tokens_total", kind="output", replica="0") == 0
 
 
+async def until_ready(front: ReplicatedEngine, count: int) -> None:
+    while front.health["ready_replicas"] != count:
+        await asyncio.sleep(0.01)
+
+
 def test_a_replica_that_says_nothing_holds_up_nobody(
     settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,14 +128,12 @@ def test_a_replica_that_says_nothing_holds_up_nobody(
             await ask(front, "one", [1, 2, 3], GREEDY)
             offer, last = fleet.replicas[0].outlook.now()
             await asyncio.to_thread(fleet.replicas[0].end)
-            while front.health["ready_replicas"] != 1:
-                await asyncio.sleep(0.01)
+            await until_ready(front, 1)
             with connect(fleet.place) as mute:
                 report = Report(offer, last, 0, 0, Squeezed())
                 for said in (Hello("nowhere", 1), Ready(front.facts), Events((), report, 0.0)):
                     mute.send(said)
-                while front.health["ready_replicas"] != 2:
-                    await asyncio.sleep(0.01)
+                await until_ready(front, 2)
                 assert set(await front.readings()) == {"1"}  # it never said anything
                 trace = front.trace()
                 trace.stop()
