@@ -215,6 +215,13 @@ def test_replicas_of_several_processes_go_with_all_of_them(tmp_path: Path) -> No
         assert [len(workers_of(each)) for each in before] == [2, 2]
         for _ in range(4):
             assert ask(url, "alpha") == (200, expected, None)
+        metrics = httpx.get(f"{url}/metrics").text
+        for place in (0, 1):
+            labels = f'{{kind="busy",replica="{place}",stage="1"}}'
+            assert f"stallfree_stage_seconds_total{labels}" in metrics
+        trace = httpx.post(f"{url}/debug/trace?seconds=1", timeout=60).json()["traceEvents"]
+        names = {each["args"]["name"] for each in trace if each["name"] == "process_name"}
+        assert {"replica 0: iterations", "replica 1: iterations"} <= names
         victims = workers_of(before[0])
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: are_gone(victims))
