@@ -137,9 +137,16 @@ def test_a_replica_that_says_nothing_holds_up_nobody(
                 assert set(await front.readings()) == {"1"}  # it never said anything
                 trace = front.trace()
                 trace.stop()
-                events = [event async for some in trace.events() for event in some]
-                assert {event["pid"] for event in events} == {2 + ITERATIONS, 2 + REQUESTS}
+                pids = {event["pid"] async for some in trace.events() for event in some}
+                assert pids == {2 + ITERATIONS, 2 + REQUESTS}
                 assert trace.is_cut
+                trace, reading = front.trace(), asyncio.create_task(front.readings())
+                await asyncio.sleep(0)  # both are asked, and one is lost before it says anything
+            assert set(await reading) == {"1"}
+            await until_ready(front, 1)
+            trace.stop()
+            assert {event["pid"] async for some in trace.events() for event in some} == pids
+            assert trace.is_cut
 
     asyncio.run(main())
 

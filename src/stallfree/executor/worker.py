@@ -160,11 +160,11 @@ class _Worker:
         if previous is None:
             return _Arrived(run)
         assert self._new_hidden is not None, "a batch came before the weights"
-        hidden = self._new_hidden(len(run.step.input.token_ids))
         try:
+            hidden = self._new_hidden(len(run.step.input.token_ids))
             with contact():
                 transfer = dist.irecv(hidden, previous, self._line, tag=run.step_id % _TAGS)
-        except LostContactError as error:  # for the main thread to tell
+        except Exception as error:  # for the main thread to tell
             return _Arrived(run, failure=error)
         return _Arrived(run, hidden, transfer)
 
