@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from fault_fixtures import Stream, model_in, note, seconds_until, server, stop
+from fault_fixtures import Server, Stream, model_in, note, seconds_until, server, stop
 from tiny import save_tiny_model
 
 PROMPT = [9, 11, 13, 17] * 450
@@ -30,10 +30,7 @@ def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
         before = own.left()
         bystander = Stream(own, max_tokens=200)
         bystander.wait_for_events()
-        status = Path(f"/proc/{own.process.pid}/status").read_text()
-        in_use = int(status.split("VmSize:")[1].split()[0]) * 1024
-        limit = in_use + HEADROOM
-        resource.prlimit(own.process.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        limit_memory(own.process.pid)
         assert own.text(PROMPT, max_tokens=8) == expected[0]
         assert bystander.text == expected[1]
         healthy_s = seconds_until(own.is_healthy)
@@ -42,6 +39,45 @@ def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
         own.check_nothing_left(before)
         assert stop(own) == 0
     note("no memory for an iteration", seen="nothing: it is run in parts", healthy=healthy_s)
+
+
+def workers(own: Server) -> list[int]:
+    """The processes of a server's model."""
+    children = Path(f"/proc/{own.process.pid}/task")
+    pids = [int(pid) for each in children.glob("*/children") for pid in each.read_text().split()]
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+    return [pid for pid, title in titles.items() if "stallfree.executor.worker" in title]
+
+
+def limit_memory(pid: int) -> None:
+    """Let a process have no more than it has, and some headroom."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    limit = int(status.split("VmSize:")[1].split()[0]) * 1024 + HEADROOM
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def test_a_prompt_that_is_too_large_for_the_memory_of_a_stage(model: Path) -> None:
+    engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
+    sizes = ("--pipeline-parallel-size", "2", "--kv-cache-memory", "8MiB")
+    with server(model, *sizes, "--no-prefix-caching", engine=engine) as own:
+        expected = own.text(PROMPT, max_tokens=8), own.text(max_tokens=200)
+        before = own.left()
+        bystander = Stream(own, max_tokens=200)
+        bystander.wait_for_events()
+        stages = workers(own)
+        assert len(stages) == 2
+        for pid in stages:
+            limit_memory(pid)
+        assert own.text(PROMPT, max_tokens=8) == expected[0]
+        assert bystander.text == expected[1]
+        healthy_s = seconds_until(own.is_healthy)
+        assert "is run in parts" in own.log
+        assert "allocate" in own.log
+        assert workers(own) == stages
+        own.check_nothing_left(before)
+        assert stop(own) == 0
+    fault = "no memory for an iteration in a stage of a pipeline"
+    note(fault, seen="nothing: it is run in parts", healthy=healthy_s)
 
 
 def test_a_request_that_finds_no_memory_is_refused(tmp_path: Path) -> None:

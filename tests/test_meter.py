@@ -66,17 +66,17 @@ def test_times_of_a_request_are_told_apart(engine: Engine) -> None:
     token(meter, engine, request, 12.5, first=False)
     token(meter, engine, request, 14.0, first=False)
     meter.ended(request, FinishReason.LENGTH, 14.5)
-    tier = meter.tiers["priority"]
+    tier = meter.counts.tiers["priority"]
     totals = [each.total for each in (tier.delay_s, tier.ttft_s, tier.tbt_s, tier.tpot_s)]
     assert totals == [1.5, 2.0, 2.0, 1.0]
     assert tier.end_to_end_s.total == 4.5
     assert (count(tier.delay_s), count(tier.ttft_s), count(tier.tbt_s)) == (1, 1, 2)
     assert tier.num_stalls == 1  # a gap of exactly the target is none
     assert tier.num_ended[FinishReason.LENGTH] == 1
-    assert (meter.num_prompt_tokens, meter.num_output_tokens) == (6, 3)
-    assert (meter.token_limit, count(meter.iteration_s)) == (64, 3)
-    assert meter.prediction_ratio.total == 6.0
-    assert count(meter.tiers["default"].ttft_s) == 0
+    assert (meter.counts.num_prompt_tokens, meter.counts.num_output_tokens) == (6, 3)
+    assert (meter.counts.token_limit, count(meter.counts.iteration_s)) == (64, 3)
+    assert meter.counts.prediction_ratio.total == 6.0
+    assert count(meter.counts.tiers["default"].ttft_s) == 0
 
 
 def test_without_a_target_nothing_is_a_stall(engine: Engine) -> None:
@@ -85,21 +85,21 @@ def test_without_a_target_nothing_is_a_stall(engine: Engine) -> None:
     meter.added(request)
     token(meter, engine, request, 1.0, first=True)
     token(meter, engine, request, 100.0, first=False)
-    assert meter.tiers["default"].num_stalls == 0
+    assert meter.counts.tiers["default"].num_stalls == 0
 
 
 def test_an_engine_is_counted_to_the_token(engine: Engine, meter: Meter) -> None:
     engine.add("one", [1] * 40, GREEDY)  # of several chunks
     engine.add("two", [1] * 5, GREEDY, Targets("flex"))
     run(engine)
-    assert meter.num_prompt_tokens == 45
-    assert meter.num_output_tokens == 24
+    assert meter.counts.num_prompt_tokens == 45
+    assert meter.counts.num_output_tokens == 24
     for tier in ("default", "flex"):
-        counted = meter.tiers[tier]
+        counted = meter.counts.tiers[tier]
         assert count(counted.delay_s) == count(counted.ttft_s) == count(counted.tpot_s) == 1
         assert count(counted.tbt_s) == 11
         assert counted.num_ended[FinishReason.LENGTH] == 1
-    assert meter.token_limit == 16
+    assert meter.counts.token_limit == 16
 
 
 def test_what_a_preemption_runs_again_is_counted_again(engine: Engine, meter: Meter) -> None:
@@ -109,9 +109,9 @@ def test_what_a_preemption_runs_again_is_counted_again(engine: Engine, meter: Me
     engine.scheduler.recompute([])
     run(engine)
     assert engine.scheduler.preemptions["lost"] == 1
-    assert meter.num_prompt_tokens == 4 + 7
-    assert meter.num_output_tokens == 12
-    assert count(meter.tiers["default"].delay_s) == 1
+    assert meter.counts.num_prompt_tokens == 4 + 7
+    assert meter.counts.num_output_tokens == 12
+    assert count(meter.counts.tiers["default"].delay_s) == 1
 
 
 def test_a_request_without_an_answer_has_no_latency_of_one(engine: Engine, meter: Meter) -> None:
@@ -123,12 +123,12 @@ def test_a_request_without_an_answer_has_no_latency_of_one(engine: Engine, meter
     failing.fails = True
     engine.executor = failing
     engine.step()
-    tier = meter.tiers["default"]
+    tier = meter.counts.tiers["default"]
     assert tier.num_ended[FinishReason.ABORT] == tier.num_ended[FinishReason.ERROR] == 1
-    assert meter.num_failed_iterations == 1
+    assert meter.counts.num_failed_iterations == 1
     assert count(tier.end_to_end_s) == count(tier.tpot_s) == 0
     assert count(tier.ttft_s) == 1
-    assert meter.num_output_tokens == 1
+    assert meter.counts.num_output_tokens == 1
 
 
 def test_an_end_of_a_request_from_before_is_ignored(engine: Engine) -> None:
@@ -137,5 +137,5 @@ def test_an_end_of_a_request_from_before_is_ignored(engine: Engine) -> None:
     engine.observers.add(meter)
     engine.add("late", [1, 2, 3], GREEDY)
     run(engine)
-    assert meter.tiers["default"].num_ended[FinishReason.LENGTH] == 1
-    assert meter.num_output_tokens == 12
+    assert meter.counts.tiers["default"].num_ended[FinishReason.LENGTH] == 1
+    assert meter.counts.num_output_tokens == 12

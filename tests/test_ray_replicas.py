@@ -191,3 +191,49 @@ def test_nothing_is_left_of_a_server_that_is_killed(tmp_path: Path) -> None:
         assert len(own) > 3
         process.kill()
         wait_until(lambda: are_gone(own))  # two agents of Ray's notice it after a minute
+
+
+def workers_of(replica: int) -> dict[int, str]:
+    """The processes of a replica's model."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(folder.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            title = folder.joinpath("cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if parent == replica and "stallfree.executor.worker" in title:
+            found[int(folder.name)] = title
+    return found
+
+
+def test_replicas_of_several_processes_go_with_all_of_them(tmp_path: Path) -> None:
+    llm = LLM.from_settings(tiny_settings(tmp_path))
+    expected = llm.generate(["alpha"], replace(GREEDY, max_tokens=40))[0].outputs[0].text
+    with server(tmp_path, "--pipeline-parallel-size", "2") as (process, url):
+        before = replicas_of(process)
+        assert [len(workers_of(each)) for each in before] == [2, 2]
+        for _ in range(4):
+            assert ask(url, "alpha") == (200, expected, None)
+        metrics = httpx.get(f"{url}/metrics").text
+        for place in (0, 1):
+            labels = f'{{kind="busy",replica="{place}",stage="1"}}'
+            assert f"stallfree_stage_seconds_total{labels}" in metrics
+        trace = httpx.post(f"{url}/debug/trace?seconds=1", timeout=60).json()["traceEvents"]
+        names = {each["args"]["name"] for each in trace if each["name"] == "process_name"}
+        assert {"replica 0: iterations", "replica 1: iterations"} <= names
+        victims = workers_of(before[0])
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: are_gone(victims))
+        wait_until(lambda: health(url)["ready_replicas"] == 2)
+        first = next(iter(victims := workers_of(before[1])))
+        os.kill(first, signal.SIGKILL)  # the replica cannot go on without it
+        wait_until(lambda: are_gone({**victims, before[1]: ""}))
+        wait_until(lambda: health(url)["ready_replicas"] == 2)
+        for _ in range(4):
+            assert ask(url, "alpha") == (200, expected, None)
+        everything = processes_of(process)
+        own = {pid: title for pid, title in everything.items() if "Agent" not in title}
+        assert sum("stallfree.executor.worker" in title for title in own.values()) == 4
+        process.kill()
+        wait_until(lambda: are_gone(own))

@@ -339,3 +339,70 @@ def test_settings_of_one_engine_alone_are_refused(settings: EngineSettings, tmp_
         launch(replace(settings, iteration_file=tmp_path / "a.csv"), server)
     with pytest.raises(ConfigError, match="on its own machine"):
         launch(replace(settings, distributed_executor="ray"), server)
+
+
+def test_what_was_not_sent_yet_is_run_again_even_while_the_server_drains(
+    settings: EngineSettings,
+) -> None:
+    fleet = ThreadFleet(settings, count=1)
+    with (
+        serve(make_front(fleet), served_model_name="tiny") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        whole = server.post("/v1/completions", BODY).json()["choices"]
+        asked = pool.submit(server.post, "/v1/completions", BODY)
+        engine = fleet.replicas[0].engine.engine
+        wait_until(lambda: any(each.num_output_tokens > 5 for each in engine.scheduler.running))
+        fleet.held[0].free.clear()  # it does not end before its replica does
+        server.server.shut_down()
+        wait_until(lambda: server.http.get("/health").json()["status"] == "draining")
+        fleet.held[0].is_dead = True
+        fleet.held[0].free.set()
+        wait_until(lambda: server.http.get("/health").json()["ready_replicas"] == 0)
+        assert server.post("/v1/completions", BODY).status_code == 503
+        fleet.add()
+        assert asked.result(30).json()["choices"] == whole
+        assert fleet.served == [2, 1]
+
+
+def test_requests_that_may_run_again_are_waited_for_and_no_others_are_taken(
+    settings: EngineSettings,
+) -> None:
+    async def main() -> None:
+        async with running(ThreadFleet(settings, count=1)) as front:
+            with front.keeping(["kept"]):
+                drain = asyncio.create_task(front.drain(30))
+                await asyncio.sleep(0.1)
+                assert not drain.done()
+                assert len(tokens(await ask(front, "kept", [1], GREEDY))) == 12
+                with pytest.raises(EngineStoppedError):
+                    await ask(front, "new", [1], GREEDY)
+                with pytest.raises(EngineStoppedError), front.keeping(["new"]):
+                    pass
+                assert not drain.done()
+            assert await drain
+            with pytest.raises(EngineStoppedError):
+                await ask(front, "kept", [1], GREEDY)
+
+    asyncio.run(main())
+
+
+def test_after_the_drain_timeout_nothing_runs_again(settings: EngineSettings) -> None:
+    async def main() -> None:
+        async with running(ThreadFleet(settings, count=1)) as front:
+            with front.keeping(["kept"]):
+                assert not await front.drain(0)
+                with pytest.raises(EngineStoppedError):
+                    await ask(front, "kept", [1], GREEDY)
+
+    asyncio.run(main())
+
+
+def test_it_is_logged_when_each_is_ready_but_that_is_no_warning(
+    settings: EngineSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "stallfree.replicas"):
+        make_front(ThreadFleet(settings)).stop()
+    told = [each for each in caplog.records if each.getMessage().endswith("is ready")]
+    assert [each.levelname for each in told] == ["INFO", "INFO"]
+    assert {each.getMessage()[:9] for each in told} == {"replica 0", "replica 1"}

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_fixtures import tiny_settings
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as open_metrics_families,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from replica_fixtures import ThreadFleet, make_front
 from server_fixtures import MODEL, RunningServer, serve, tiny_engine, wait_until
 
 from stallfree.core.bubbles import Bubble
@@ -160,12 +162,20 @@ def test_openmetrics_is_given_to_who_asks(server: RunningServer) -> None:
     assert "stallfree_tokens" in names
 
 
-def test_the_dashboard_shows_what_there_is_and_only_that(server: RunningServer) -> None:
+def families_of(server: RunningServer) -> dict[str, str]:
+    """The names and kinds of all that is shown."""
+    text = server.http.get("/metrics").text
+    return {family.name: family.type for family in text_string_to_metric_families(text)}
+
+
+def test_the_dashboard_shows_what_there_is_and_only_that(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    """Of one engine, and of several copies."""
     assert complete(server) == 200
-    families = {
-        family.name: family.type
-        for family in text_string_to_metric_families(server.http.get("/metrics").text)
-    }
+    with serve(make_front(ThreadFleet(tiny_settings(tmp_path)))) as several:
+        families = families_of(several)
+    assert families_of(server).items() <= families.items()
     exported = set()
     for name, kind in families.items():
         suffixes = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("_total",)}
@@ -184,6 +194,19 @@ def expressions() -> Iterator[str]:
             yield target["expr"]
     for variable in dashboard["templating"]["list"]:
         yield variable.get("definition", "")
+
+
+def test_queries_choose_among_copies_and_find_one_engine_too() -> None:
+    """Which has no such label, and so is matched by nothing but what matches the empty text."""
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    [variable] = [each for each in dashboard["templating"]["list"] if each["name"] == "replica"]
+    assert (variable["allValue"], variable["includeAll"]) == (".*", True)
+    assert variable["current"]["value"] == ["$__all"]
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            for name, chosen in re.findall(r"\b(stallfree_\w+)\{(.*?)\}", target["expr"]):
+                is_of_engine = name != "stallfree_http_requests_total"
+                assert ('replica=~"$replica"' in chosen) == is_of_engine, target["expr"]
 
 
 def test_no_two_panels_of_the_dashboard_overlap() -> None:

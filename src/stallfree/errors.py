@@ -92,7 +92,14 @@ class OutOfMemoryError(ExecutorError):
 
 
 class WorkersLostError(EngineError):
-    """A process of the model has ended or does not answer; nothing runs without it."""
+    """A process of the model has ended or does not answer; nothing runs without it.
+
+    `no_memory` says whether it ended for want of memory for a batch.
+    """
+
+    def __init__(self, message: str, *, no_memory: bool = False) -> None:
+        super().__init__(message)
+        self.no_memory = no_memory
 
 
 class ReplicaLostError(EngineError):

@@ -12,8 +12,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 from stallfree.core.budget import Squeezed
@@ -21,9 +21,13 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.meter import Meter
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading, read
 from stallfree.engine.served import ReplicaState
 from stallfree.engine.tokenizer import Tokenizer
+from stallfree.engine.trace import EngineTrace
+from stallfree.engine.trace_recorder import TraceRecorder
 from stallfree.errors import (
     EngineError,
     EngineStoppedError,
@@ -64,6 +68,9 @@ class _Stream:
 class AsyncEngine:
     """Runs an `Engine` for asynchronous callers: a `ServedEngine`.
 
+    Args:
+        engine: runs the requests, of nobody else.
+
     Attributes:
         engine: the engine; call nothing that changes it.
         error: what ended the loop, if it died.
@@ -74,6 +81,9 @@ class AsyncEngine:
         self.engine = engine
         self.error: BaseException | None = None
         self.on_death: Callable[[BaseException], None] | None = None
+        self._meter, self._recorder = Meter(), TraceRecorder()
+        engine.observers.add(self._meter)
+        engine.observers.add(self._recorder)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._draining = False
@@ -128,6 +138,19 @@ class AsyncEngine:
     def now(self) -> float:
         """The engine's clock, in seconds."""
         return self.engine.clock.now()
+
+    @property
+    def reading(self) -> EngineReading:
+        """What it did and what it holds."""
+        return read(self.engine, self._meter.counts)
+
+    async def readings(self) -> Mapping[str, EngineReading]:
+        """That alone."""
+        return {"": self.reading}
+
+    def trace(self) -> EngineTrace:
+        """Record from now on; there is no recording under way."""
+        return EngineTrace(self._recorder, self.now)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -190,6 +213,10 @@ class AsyncEngine:
             self._streams.pop(request_id, None)
             if num_open:
                 self._inbox.put(lambda: self.engine.abort(request_id))
+
+    def keeping(self, request_ids: Iterable[str]) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing: no request runs again here."""
+        return nullcontext()
 
     async def recover(self) -> None:
         """Nothing is lost without this process."""

@@ -32,6 +32,7 @@ from stallfree.errors import (
     WorkersLostError,
 )
 from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
+from stallfree.executor.rerun import RerunningPipeline
 
 _RESTARTS = 5  # attempts to start workers anew, as those may be lost too
 
@@ -89,7 +90,8 @@ class Engine:
         self.observers = Observers()
         self.is_restarting = False
         self._iteration_file = iteration_file
-        self._loop = Loop(scheduler, pipeline or OneStage(lambda: self.executor), clock)
+        one = OneStage(lambda: self.executor)
+        self._loop = Loop(scheduler, RerunningPipeline(pipeline) if pipeline else one, clock)
         self._workers = pipeline
         self._losses = Losses() if restarts else None
         self._seed = seed
@@ -298,9 +300,8 @@ class Engine:
             raise error
         logger.error("the workers are started anew: %s", error)
         self._restart(self._workers)
-        reason = ExecutorError(
-            f"the workers that ran this request were lost again and again: {error}"
-        )
+        kind = OutOfMemoryError if error.no_memory else ExecutorError
+        reason = kind(f"the workers that ran this request were lost again and again: {error}")
         own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
         return [self._failure(each, reason) for each in own if each is not None]
 
@@ -386,4 +387,5 @@ class Engine:
 def _reason(error: BaseException) -> ExecutorError:
     """What is said of a request that failed with `error`."""
     message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
-    return OutOfMemoryError(message) if isinstance(error, MemoryError) else ExecutorError(message)
+    no_memory = isinstance(error, MemoryError | OutOfMemoryError)
+    return OutOfMemoryError(message) if no_memory else ExecutorError(message)

@@ -28,7 +28,7 @@ _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-class TierMeter:
+class TierCounts:
     """What is counted of the requests of one tier; histograms are in seconds.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Progress:
 
     __slots__ = ("first_at", "is_scheduled", "last_at", "target_s", "tier")
 
-    def __init__(self, tier: TierMeter, target_s: float | None) -> None:
+    def __init__(self, tier: TierCounts, target_s: float | None) -> None:
         self.tier = tier
         self.target_s = math.inf if target_s is None else target_s
         self.is_scheduled = False
@@ -79,8 +79,10 @@ class _Progress:
         self.last_at = 0.0
 
 
-class Meter:
-    """What an engine did since it started.
+class Counts:
+    """What an engine did since it started: plain values, which another process can be sent.
+
+    One thread counts. Others may read meanwhile; figures may be an iteration apart.
 
     Attributes:
         tiers: by tier.
@@ -93,36 +95,53 @@ class Meter:
         token_limit: the budget of the newest iteration, in tokens; None without one.
     """
 
+    __slots__ = (
+        *("iteration_s", "num_failed_iterations", "num_output_tokens", "num_prompt_tokens"),
+        *("prediction_ratio", "tiers", "token_limit"),
+    )
+
     def __init__(self) -> None:
-        self.tiers = {name: TierMeter() for name in RANKS}
+        self.tiers = {name: TierCounts() for name in RANKS}
         self.iteration_s = Histogram(_SHORT_S)
         self.prediction_ratio = Histogram(_RATIOS)
         self.num_failed_iterations = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
         self.token_limit: int | None = None
+
+
+class Meter:
+    """Counts what an engine does.
+
+    Attributes:
+        counts: since it started.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Counts()
         self._progress: dict[str, _Progress] = {}
 
     def added(self, request: Request) -> None:
         """See `Observer`."""
         targets = request.targets
-        self._progress[request.request_id] = _Progress(self.tiers[targets.tier], targets.tbt_s)
+        tier = self.counts.tiers[targets.tier]
+        self._progress[request.request_id] = _Progress(tier, targets.tbt_s)
 
     def refused(self, targets: Targets, error: OverloadedError) -> None:  # noqa: ARG002
         """See `Observer`."""
-        self.tiers[targets.tier].num_refused += 1
+        self.counts.tiers[targets.tier].num_refused += 1
 
     def iterated(self, record: IterationRecord, scheduler: Scheduler) -> None:  # noqa: ARG002
         """See `Observer`."""
-        batch = record.batch
+        batch, counts = record.batch, self.counts
         if record.is_failed:
-            self.num_failed_iterations += 1
+            counts.num_failed_iterations += 1
             return
-        self.iteration_s.add(record.seconds)
+        counts.iteration_s.add(record.seconds)
         if record.predicted_s:
-            self.prediction_ratio.add(record.seconds / record.predicted_s)
-        self.token_limit = batch.token_limit
-        self.num_prompt_tokens += batch.num_tokens - batch.num_decodes
+            counts.prediction_ratio.add(record.seconds / record.predicted_s)
+        counts.token_limit = batch.token_limit
+        counts.num_prompt_tokens += batch.num_tokens - batch.num_decodes
         if batch.num_decodes < len(batch.chunks):
             self._note_scheduled(batch)
         self._note_tokens(batch, record.ended_s)
@@ -169,4 +188,4 @@ class Meter:
                 if gap_s > progress.target_s:
                     progress.tier.num_stalls += 1
             progress.last_at = now
-        self.num_output_tokens += num_tokens
+        self.counts.num_output_tokens += num_tokens

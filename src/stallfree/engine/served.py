@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,9 @@ from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
 from stallfree.engine.tokenizer import Tokenizer
+from stallfree.engine.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,14 @@ class ServedEngine(Protocol):
         """Its clock, in seconds: `Delta.scheduled_at` is of this one."""
         ...
 
+    async def readings(self) -> Mapping[str, EngineReading]:
+        """What each copy of the model did, by its place; what one engine did, by no name."""
+        ...
+
+    def trace(self) -> Trace:
+        """Record from now on; there is no recording under way."""
+        ...
+
     def start(self) -> None:
         """Begin to take requests; called in the event loop of those who ask."""
         ...
@@ -129,6 +140,16 @@ class ServedEngine(Protocol):
             InvalidRequestError: the request is wrong; before anything is yielded.
             OverloadedError: too much waits; before anything is yielded.
             EngineError: it cannot be taken, or cannot be finished.
+        """
+        ...
+
+    def keeping(self, request_ids: Iterable[str]) -> AbstractContextManager[None]:
+        """Have requests count as under way until the end of the block, even between two runs.
+
+        In it they may run again after they were lost, also while the engine drains.
+
+        Raises:
+            EngineStoppedError: the engine takes no more requests.
         """
         ...
 

@@ -19,7 +19,7 @@ from stallfree.errors import OverloadedError
 from stallfree.executor.trace_event import bar, group_name, row_name
 
 MAX_ENTRIES = 50_000  # bars and rows of a recording, some 30 MB; what comes later is left out
-ITERATIONS, REQUESTS = 0, 1  # groups of rows
+GROUPS = ITERATIONS, REQUESTS = 0, 1  # of rows
 
 
 @dataclass(slots=True)

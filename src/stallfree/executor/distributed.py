@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from stallfree.core.batch import Batch
-from stallfree.errors import ExecutorError, WorkersLostError
+from stallfree.errors import ExecutorError, OutOfMemoryError, WorkersLostError
 from stallfree.executor.launch import Launcher, WorkerProcess
 from stallfree.executor.line import Line, pickled
 from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
@@ -100,17 +100,19 @@ class DistributedPipeline:
         """Wait for the oldest batch in flight.
 
         Raises:
-            ExecutorError: it failed on a worker, which goes on.
+            ExecutorError: it failed on a worker, which goes on; OutOfMemoryError if that had no
+                memory for it.
             WorkersLostError: a worker has ended or does not answer; nothing runs until `restart`.
         """
         step_id = self._in_flight.popleft()
         deadline = time.monotonic() + self._timeout_s
         while min(self._num_done.values()) <= step_id:  # whichever failed says so itself
             self._hear(deadline, partial(self._silent, step_id))
-        output, errors = self._outputs.pop(step_id), self._errors.pop(step_id, {})
-        if errors:
-            rank, text = min(errors.items())
-            raise ExecutorError(f"{self._specs[rank].name} failed:\n{text}")
+        output, failures = self._outputs.pop(step_id), self._failures.pop(step_id, {})
+        if failures:
+            rank = min(failures)
+            kind = OutOfMemoryError if failures[rank].no_memory else ExecutorError
+            raise kind(f"{self._specs[rank].name} failed:\n{failures[rank].error}")
         assert output is not None, "the last stage gives an output or an error"
         return output
 
@@ -156,7 +158,7 @@ class DistributedPipeline:
         self._num_done = dict.fromkeys((spec.rank for spec in self._specs), 0)
         self._broken: str | None = None  # what one said that could not reach another
         self._outputs: dict[int, ExecutorOutput | None] = {}
-        self._errors: dict[int, dict[int, str]] = {}  # tracebacks, by batch and rank
+        self._failures: dict[int, dict[int, Done]] = {}  # by batch and rank
         self._inbox: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         host = self._launcher.host
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -239,7 +241,8 @@ class DistributedPipeline:
             case Crashed(by_others=True):
                 self._broken = f"{name} lost contact:\n{message.traceback}"
             case Crashed():
-                raise self._lost(f"{name} failed:\n{message.traceback}")
+                said = f"{name} failed:\n{message.traceback}"
+                raise self._lost(said, no_memory=message.no_memory)
             case Done():
                 self._note(rank, message)
             case _:
@@ -250,7 +253,7 @@ class DistributedPipeline:
         """A batch went through a worker."""
         self._num_done[rank] = done.step_id + 1
         if done.error is not None:
-            self._errors.setdefault(done.step_id, {})[rank] = done.error
+            self._failures.setdefault(done.step_id, {})[rank] = done
         if rank == self._last:
             self._outputs[done.step_id] = done.output
         part = self._specs[rank].part
@@ -264,10 +267,10 @@ class DistributedPipeline:
         names = " or ".join(each.name for each in stage)
         return f"{names} has not answered for {self._timeout_s:g} s"
 
-    def _lost(self, message: str) -> WorkersLostError:
+    def _lost(self, message: str, *, no_memory: bool = False) -> WorkersLostError:
         """End what is left of the workers: they cannot run without each other."""
         self._end_workers()
-        return WorkersLostError(message)
+        return WorkersLostError(message, no_memory=no_memory)
 
 
 def _post(inbox: queue.SimpleQueue[tuple[int, Any]], rank: int, message: Any) -> None:

@@ -84,6 +84,7 @@ class Done:
         started_s, ended_s: when it computed, by the monotonic clock of its machine.
         output: of the last stage.
         error: the traceback, if it failed.
+        no_memory: whether it did for want of memory.
     """
 
     step_id: int
@@ -91,6 +92,7 @@ class Done:
     ended_s: float
     output: ExecutorOutput | None = None
     error: str | None = None
+    no_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ class Crashed:
     Attributes:
         traceback: why.
         by_others: whether it was another worker that could not be reached.
+        no_memory: whether there was no memory for a batch.
     """
 
     traceback: str
     by_others: bool = False
+    no_memory: bool = False

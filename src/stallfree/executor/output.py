@@ -89,8 +89,8 @@ class Pipeline(Protocol):
         ...
 
 
-class WorkerPipeline(Pipeline, Protocol):
-    """A pipeline of processes, which can be lost."""
+class WorkerPipeline(Pipeline, Executor, Protocol):
+    """A pipeline of processes, which can be lost; an executor while no batch is in flight."""
 
     def starve(self) -> None:
         """Note that there is room for a batch, but nothing to run."""

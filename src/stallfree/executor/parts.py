@@ -11,6 +11,7 @@ import logging
 from collections import deque
 
 from stallfree.core.batch import Batch, Chunk
+from stallfree.errors import WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, PositionLogprobs, Sample
 
 _NOT_RUN = Sample(-1, error="the token before it could not be run")
@@ -25,10 +26,13 @@ def run_in_parts(executor: Executor, batch: Batch) -> ExecutorOutput:
     even alone; the others are run.
 
     Raises:
+        WorkersLostError: what runs it was lost.
         Exception: nothing of the batch could be run; it is what the last part failed with.
     """
     try:
         return executor.execute(batch)
+    except WorkersLostError:
+        raise
     except Exception:
         logger.warning("an iteration of %d tokens is run in parts", batch.num_tokens, exc_info=True)
     return _Parts(batch).run(executor)
@@ -67,6 +71,8 @@ class _Parts:
         """Run a part and keep what comes of it, or return why it failed."""
         try:
             output = executor.execute(part)
+        except WorkersLostError:
+            raise
         except Exception as error:
             # its frames would keep what they allocated
             error.__traceback__ = error.__context__ = error.__cause__ = None

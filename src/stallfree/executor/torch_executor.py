@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -41,21 +42,24 @@ class TorchExecutor:
             MemoryError: there is no memory for it.
         """
         step = step_of(batch)
-        try:
-            return self.finish(step, self.forward(step))
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error):
-                raise MemoryError(str(error)) from None
-            raise
+        return self.finish(step, self.forward(step))
 
     def forward(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (T, hidden) after the layers of the decoder: see `Decoder.forward`."""
-        with torch.inference_mode():
+        """Hidden states (T, hidden) after the layers of the decoder: see `Decoder.forward`.
+
+        Raises:
+            MemoryError: there is no memory for it.
+        """
+        with _memory_errors(), torch.inference_mode():
             return self.decoder.forward(step.input, self.cache, hidden)
 
     def finish(self, step: Step, hidden: torch.Tensor) -> ExecutorOutput:
-        """Sample from the last hidden states (T, hidden)."""
-        with torch.inference_mode():
+        """Sample from the last hidden states (T, hidden).
+
+        Raises:
+            MemoryError: there is no memory for it.
+        """
+        with _memory_errors(), torch.inference_mode():
             return self._finish(step, hidden)
 
     def _finish(self, step: Step, hidden: torch.Tensor) -> ExecutorOutput:
@@ -77,6 +81,17 @@ class TorchExecutor:
                 for row, token in zip(logprobs, some, strict=True)
             )
         return tuple(result)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Have what PyTorch raises for want of memory be a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+            raise MemoryError(str(error)) from None
+        raise
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> tuple[Sample, ...]:

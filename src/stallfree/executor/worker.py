@@ -45,7 +45,8 @@ def main(connection: Connection) -> None:
     except BaseException as error:
         by_others = isinstance(error, LostContactError)
         with suppress(OSError):
-            connection.send(Crashed(traceback.format_exc(), by_others))
+            no_memory = isinstance(error, MemoryError)
+            connection.send(Crashed(traceback.format_exc(), by_others, no_memory))
         if by_others:
             signal.pause()  # the driver finds out who it was, and ends all
     os._exit(1)  # without waiting for threads of the libraries
@@ -159,16 +160,17 @@ class _Worker:
         if previous is None:
             return _Arrived(run)
         assert self._new_hidden is not None, "a batch came before the weights"
-        hidden = self._new_hidden(len(run.step.input.token_ids))
         try:
+            hidden = self._new_hidden(len(run.step.input.token_ids))
             with contact():
                 transfer = dist.irecv(hidden, previous, self._line, tag=run.step_id % _TAGS)
-        except LostContactError as error:  # for the main thread to tell
+        except Exception as error:  # for the main thread to tell
             return _Arrived(run, failure=error)
         return _Arrived(run, hidden, transfer)
 
     def _step(self, executor: TorchExecutor, arrived: _Arrived) -> Done:
-        run, output, error = arrived.run, None, None
+        run, output, failure = arrived.run, None, None
+        no_memory = False
         received = arrived.wait()
         started_s, hidden = time.monotonic(), None
         try:
@@ -177,16 +179,16 @@ class _Worker:
                 output = executor.finish(run.step, hidden)
         except LostContactError:
             raise
-        except Exception:  # of this batch alone: the next stage is sent zeros
+        except Exception as error:  # of this batch alone: the next stage is sent zeros
             if self._spec.part.tp_size > 1:  # its peers wait for it amid their layers
                 raise
-            error = traceback.format_exc()
+            failure, no_memory = traceback.format_exc(), isinstance(error, MemoryError)
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
         if self._spec.part.tp_rank > 0:
             output = None  # its peers have the same
-        return Done(run.step_id, started_s, ended_s, output, error)
+        return Done(run.step_id, started_s, ended_s, output, failure, no_memory)
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from stallfree.core import routing
@@ -19,6 +19,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
 from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.served import ReplicaState
 from stallfree.engine.settings import MAX_SEED, EngineSettings
@@ -34,9 +35,11 @@ from stallfree.errors import (
 from stallfree.replicas.member import Member
 from stallfree.replicas.prefixes import blocks_of
 from stallfree.replicas.roster import Roster
+from stallfree.replicas.trace import FleetTrace
 
 _ATTEMPTS = 3  # to run a request whose replicas are lost
 _RECOVERY_S = 120.0  # how long a request that was accepted waits for a replica
+_READING_S = 1.0  # how long a replica that is asked what it did is waited for
 _POLL_S = 0.02
 
 
@@ -62,7 +65,8 @@ class ReplicatedEngine:
         self._roster = roster
         self._seed, self._num_added = settings.seed, 0
         self._keeps_prefixes = settings.prefix_caching
-        self._requests: set[str] = set()
+        self._requests: set[str] = set()  # that run
+        self._kept: set[str] = set()  # that may run again
         self._draining = self._aborting = False
         known = [member.facts for member in roster.ready if member.facts is not None]
         self.facts: EngineFacts = replace(
@@ -115,6 +119,20 @@ class ReplicatedEngine:
         """This process's clock, in seconds."""
         return time.monotonic()
 
+    async def readings(self) -> Mapping[str, EngineReading]:
+        """What each replica that is ready did, by its place.
+
+        One that does not answer in time is as it was when it last did, until it is lost.
+        """
+        members = self._roster.ready
+        found = await asyncio.gather(*(each.reading(_READING_S) for each in members))
+        pairs = zip(members, found, strict=True)
+        return {str(member.index): reading for member, reading in pairs if reading is not None}
+
+    def trace(self) -> FleetTrace:
+        """Have each replica that is ready record from now on; no recording is under way."""
+        return FleetTrace({each.index: each.trace() for each in self._roster.ready})
+
     def start(self) -> None:
         """Take requests in this event loop from now on."""
         self._roster.start()
@@ -131,11 +149,8 @@ class ReplicatedEngine:
         targets: Targets = DEFAULT_TARGETS,
     ) -> None:
         """Raise what `generate` would raise for a bad request, without running it."""
-        if self._draining:
-            raise EngineStoppedError("the server is shutting down and takes no new requests")
-        if not self.is_ready:
-            raise _no_replica()
-        self._refuse(prompt_token_ids, params, targets)
+        self._check_accepting()
+        self._check(prompt_token_ids, params, targets)
 
     async def generate(
         self,
@@ -158,7 +173,9 @@ class ReplicatedEngine:
             ExecutorError: one replica after another was lost.
             EngineStoppedError: the server is about to end.
         """
-        await self.check(prompt_token_ids, params, targets)
+        if self._aborting or request_id not in self._kept:
+            self._check_accepting()
+        self._check(prompt_token_ids, params, targets)
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         self._requests.add(request_id)
@@ -186,6 +203,23 @@ class ReplicatedEngine:
         finally:
             self._requests.discard(request_id)
 
+    @contextmanager
+    def keeping(self, request_ids: Iterable[str]) -> Iterator[None]:
+        """Have requests count as under way until the end of the block, even between two runs.
+
+        In it they may run again after they were lost, also while this drains.
+
+        Raises:
+            EngineStoppedError: the server is about to end.
+        """
+        self._check_accepting()
+        own = frozenset(request_ids)
+        self._kept |= own
+        try:
+            yield
+        finally:
+            self._kept -= own
+
     async def recover(self) -> None:
         """Wait, for a while, until a replica is ready.
 
@@ -206,7 +240,7 @@ class ReplicatedEngine:
         """
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._requests:
+        while self._requests or self._kept:
             if time.monotonic() >= deadline:
                 self._aborting = True
                 for member in self._roster.members:
@@ -214,6 +248,17 @@ class ReplicatedEngine:
                 return False
             await asyncio.sleep(_POLL_S)
         return True
+
+    def _check_accepting(self) -> None:
+        if self._draining:
+            raise EngineStoppedError("the server is shutting down and takes no new requests")
+
+    def _check(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, targets: Targets
+    ) -> None:
+        if not self.is_ready:
+            raise _no_replica()
+        self._refuse(prompt_token_ids, params, targets)
 
     async def _run(
         self,

@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +18,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
 from stallfree.engine.served import ReplicaState
 from stallfree.errors import EngineStoppedError, StallfreeError
 from stallfree.executor.line import Line, pickled
@@ -24,12 +27,18 @@ from stallfree.replicas.messages import (
     Accepted,
     Events,
     Hello,
+    Measure,
+    Measured,
     Output,
+    Record,
+    Recorded,
     Refused,
     Report,
+    StopRecording,
     Submit,
 )
 from stallfree.replicas.prefixes import Prefixes
+from stallfree.replicas.trace import ReplicaTrace
 from stallfree.replicas.wire import hang_up
 
 
@@ -68,6 +77,10 @@ class Member:
         self._streams: dict[int, _Stream] = {}
         self._unseen: dict[int, int] = {}  # tokens to read, of requests that no offer knows of
         self._prefixes: Prefixes | None = None
+        self._reading: EngineReading | None = None  # the last that came
+        self._readers: deque[asyncio.Future[None]] = deque()  # one for each that is to come
+        self._trace_numbers = itertools.count()
+        self._traces: dict[int, ReplicaTrace] = {}  # of which parts are to come
         self._clock_offset_s = math.inf  # ours less its own
 
     @property
@@ -144,14 +157,13 @@ class Member:
             ReplicaLostError: it was lost.
             StallfreeError: it refuses the request; before anything is yielded.
         """
-        assert self._line is not None, "it is listened to"
         assert self._prefixes is not None, "it is ready"
         number = next(self._numbers)
         stream = self._streams[number] = _Stream(params.n)
         self._unseen[number] = max(1, len(prompt_token_ids) - self._num_known(blocks))
         self._prefixes.note(blocks)
-        submit = Submit(number, tuple(prompt_token_ids), params, targets, cache_salt)
-        self._line.put(pickled(submit))
+        prompt = tuple(prompt_token_ids)
+        self._tell(Submit(number, request_id, prompt, params, targets, cache_salt))
         num_open = params.n
         try:
             while num_open:
@@ -168,9 +180,42 @@ class Member:
             self._streams.pop(number, None)
             self._unseen.pop(number, None)
             if num_open:
-                self._line.put(pickled(Abort(number)))
+                self._tell(Abort(number))
 
-    def take(self, events: Events) -> None:
+    async def reading(self, limit_s: float) -> EngineReading | None:
+        """What it did and what it holds; that of before, if it does not answer within `limit_s`.
+
+        None if it never did.
+        """
+        told = asyncio.get_running_loop().create_future()
+        self._readers.append(told)
+        self._tell(Measure())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(told, limit_s)
+        return self._reading
+
+    def trace(self) -> ReplicaTrace:
+        """Have it record a trace from now on; it records no other."""
+        number = next(self._trace_numbers)
+        self._tell(Record(number))
+        trace = ReplicaTrace(lambda: self._tell(StopRecording()), self._clock_offset_s)
+        self._traces[number] = trace
+        return trace
+
+    def take(self, message: Events | Measured | Recorded) -> None:
+        """Take what it says once it is ready."""
+        match message:
+            case Measured(reading):
+                self._reading = reading
+                _release(self._readers.popleft())
+            case Recorded(number):
+                self._traces[number].take(message)
+                if message.is_last:
+                    del self._traces[number]
+            case Events():
+                self._take_events(message)
+
+    def _take_events(self, events: Events) -> None:
         """Give each request its own; learn how the replica is."""
         offset_s = time.monotonic() - events.sent_at
         self._clock_offset_s = min(self._clock_offset_s, offset_s)
@@ -192,15 +237,18 @@ class Member:
             del self._unseen[number]
 
     def fail(self, error: StallfreeError) -> None:
-        """End all its requests with an error."""
+        """It is lost: end all its requests with an error, and let nobody wait for it."""
+        for told in self._readers:
+            _release(told)
+        for trace in self._traces.values():
+            trace.take(None)
         for stream in self._streams.values():
             stream.items.put_nowait(error)
 
     def abort_all(self, reason: str) -> None:
         """End all its requests as those of clients that have left."""
-        assert self._line is not None, "it is listened to"
         for number, stream in self._streams.items():
-            self._line.put(pickled(Abort(number)))
+            self._tell(Abort(number))
             for index in sorted(stream.open):
                 error = EngineStoppedError(reason)
                 delta = Delta(str(number), index, "", finish_reason="abort", error=error)
@@ -211,6 +259,10 @@ class Member:
         hang_up(self._connection)
         if self._line is not None:
             self._line.close()
+
+    def _tell(self, message: Submit | Abort | Measure | Record | StopRecording) -> None:
+        assert self._line is not None, "it is listened to"
+        self._line.put(pickled(message))
 
     def _num_known(self, blocks: Sequence[int]) -> int:
         """Tokens of a prompt that it has read for another."""
@@ -224,3 +276,9 @@ class Member:
         if scheduled_at is not None:
             scheduled_at += self._clock_offset_s
         return replace(delta, request_id=request_id, scheduled_at=scheduled_at)
+
+
+def _release(waiting: asyncio.Future[None]) -> None:
+    """Let whoever waits for it go on, if anybody still does."""
+    if not waiting.done():
+        waiting.set_result(None)

@@ -1,12 +1,14 @@
 """What a front and a replica tell each other, over one connection.
 
 A replica says `Hello` at once and `Ready` when its model is loaded, or `Failed`; then `Events`, for
-each iteration one, and when nothing happens as a sign of life. It is sent `Submit` and `Abort`. The
+each iteration one, and when nothing happens as a sign of life. It is sent `Submit` and `Abort`. It
+answers `Measure` with `Measured`, and `Record`, then `StopRecording`, with `Recorded` messages. The
 end of the connection is the end of the replica: whatever comes in its place is another one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stallfree.core.budget import Squeezed
@@ -15,6 +17,8 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.outputs import Delta
+from stallfree.engine.reading import EngineReading
+from stallfree.engine.trace import Event
 from stallfree.errors import StallfreeError
 
 HEARTBEAT_S = 0.5  # the longest that a replica is silent
@@ -58,9 +62,15 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request; numbers count up from zero."""
+    """A request.
+
+    Attributes:
+        number: counts up from zero.
+        name: of the front for it.
+    """
 
     number: int
+    name: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     targets: Targets
@@ -128,3 +138,44 @@ class Events:
     items: tuple[Accepted | Refused | Output, ...]
     report: Report
     sent_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """It is asked what its engine did and what that holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """That, as of when it was asked."""
+
+    reading: EngineReading
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """It is to record a trace; it records no other. Numbers count up from zero."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopRecording:
+    """It is to send what it has recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A part of a trace.
+
+    Attributes:
+        number: of the trace.
+        events: of Chrome's traces, by the replica's clock.
+        is_last: whether no part comes after it; it has no events then.
+        is_cut: in the last, whether the trace lacks something.
+    """
+
+    number: int
+    events: Sequence[Event] = ()
+    is_last: bool = False
+    is_cut: bool = False

@@ -12,15 +12,21 @@ from stallfree.core.targets import Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.observer import IterationRecord
 from stallfree.errors import OverloadedError
+from stallfree.replicas.messages import Submit
 
 _EVERY_S = 0.02  # how often an offer is made
+
+
+def engine_id(submit: Submit) -> str:
+    """What the engine calls a request: its number, and its name for people."""
+    return f"{submit.number} {submit.name}"
 
 
 class ReplicaOutlook:
     """An `Observer` that makes offers in the engine's thread, between iterations.
 
     Args:
-        engine: whose requests have whole numbers as ids; its thread has not started.
+        engine: whose requests have ids by `engine_id`; its thread has not started.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -40,7 +46,7 @@ class ReplicaOutlook:
 
     def added(self, request: Request) -> None:
         """See `Observer`."""
-        self._added = int(request.request_id.partition("/")[0])
+        self._added = int(request.request_id.partition(" ")[0])
 
     def refused(self, targets: Targets, error: OverloadedError) -> None:
         """See `Observer`: the front is told of it otherwise."""

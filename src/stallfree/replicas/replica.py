@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.build import build_engine
 from stallfree.engine.settings import EngineSettings
+from stallfree.engine.trace import EngineTrace
 from stallfree.errors import EngineError, StallfreeError
 from stallfree.executor.line import Line, pickled
 from stallfree.replicas.messages import (
@@ -23,17 +24,24 @@ from stallfree.replicas.messages import (
     Events,
     Failed,
     Hello,
+    Measure,
+    Measured,
     Output,
     Place,
     Ready,
+    Record,
+    Recorded,
     Refused,
     Report,
+    StopRecording,
     Submit,
 )
-from stallfree.replicas.outlook import ReplicaOutlook
+from stallfree.replicas.outlook import ReplicaOutlook, engine_id
 from stallfree.replicas.wire import connect, hang_up
 
 SWITCH_INTERVAL_S = 0.0005  # as in a server: threads that hold the interpreter let go of it sooner
+
+Request = Submit | Abort | Measure | Record | StopRecording
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +82,8 @@ class Replica:
         self._on_end = on_end
         self._outbox: list[Accepted | Refused | Output] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._trace: tuple[int, EngineTrace] | None = None  # the last, with its number
+        self._sending: set[asyncio.Task[None]] = set()
         self._has_ended = False
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve()), name="stallfree-replica", daemon=True
@@ -96,7 +106,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
 
-        def post(message: Submit | Abort | None) -> None:
+        def post(message: Request | None) -> None:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._take, message)
 
@@ -116,7 +126,7 @@ class Replica:
         self._on_end()
         await asyncio.to_thread(self.engine.stop)
 
-    def _take(self, message: Submit | Abort | None) -> None:
+    def _take(self, message: Request | None) -> None:
         match message:
             case None:
                 self._has_ended = True
@@ -128,11 +138,21 @@ class Replica:
             case Abort():
                 if message.number in self._tasks:
                     self._tasks[message.number].cancel()
+            case Measure():
+                self._line.put(pickled(Measured(self.engine.reading)))
+            case Record(number):
+                self._trace = number, self.engine.trace()
+            case StopRecording() if self._trace is not None:
+                number, trace = self._trace
+                trace.stop()
+                task = asyncio.ensure_future(self._send(number, trace))
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
 
     async def _run(self, submit: Submit) -> None:
         number = submit.number
         deltas = self.engine.generate(
-            str(number),
+            engine_id(submit),
             submit.prompt_token_ids,
             submit.params,
             submit.targets,
@@ -150,6 +170,12 @@ class Replica:
         except Exception as error:
             logger.exception("request %d failed", number)
             self._put(Refused(number, EngineError(repr(error))))
+
+    async def _send(self, number: int, trace: EngineTrace) -> None:
+        """Send a trace that was stopped, in parts."""
+        async for events in trace.events():
+            self._line.put(pickled(Recorded(number, events)))
+        self._line.put(pickled(Recorded(number, is_last=True, is_cut=trace.is_cut)))
 
     def _put(self, item: Accepted | Refused | Output) -> None:
         self._outbox.append(item)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from stallfree.errors import ReplicaLostError, StallfreeError, WorkersLostError
 from stallfree.replicas.member import Member
-from stallfree.replicas.messages import Events, Failed, Hello, Place, Ready
+from stallfree.replicas.messages import Events, Failed, Hello, Measured, Place, Ready, Recorded
 from stallfree.replicas.wire import Gate, hang_up
 
 LOADING_TIMEOUT_S = 900.0  # of a large model from a slow disk, or with kernels to compile
@@ -167,9 +167,8 @@ class Roster:
                 logger.error("%s could not be built: %s", member.name, error)
             case Ready(facts):
                 member.is_loaded(facts)
-                if self._loop is not None:
-                    logger.warning("%s is ready", member.name)
-            case Events():
+                logger.info("%s is ready", member.name)
+            case Events() | Measured() | Recorded():
                 member.take(message)
 
     def _lose(self, member: Member, reason: str) -> None:

@@ -51,11 +51,13 @@ _MEDIA_TYPES = {
 def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
     """Serve the page from `app`, its feed from `protected`; before the engine's thread starts.
 
-    Not where the model runs in several copies, whose iterations are elsewhere.
+    Where the model runs in several copies, whose iterations are elsewhere, it is not there: say so.
     """
     service: Service = app.state.service
     engine = service.engine.local
     if engine is None:
+        for path in ("/dashboard", "/dashboard/{rest:path}"):
+            app.add_route(path, _refuse, ["GET"], include_in_schema=False)
         return
     for name, content in _static_files():
         path = "/dashboard" if name == PAGE else f"/dashboard/{name}"
@@ -181,6 +183,10 @@ class Feed:
             "num_blocks": scheduler.pool.num_blocks,
             "block_size": scheduler.pool.block_size,
         }
+
+
+async def _refuse(_: Request) -> Response:
+    raise ApiError(404, "the live page shows one engine: it is there without --replicas only")
 
 
 async def _give(response: Response, _: Request) -> Response:

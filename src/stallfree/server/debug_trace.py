@@ -1,19 +1,17 @@
-"""`POST /debug/trace`: what the engine does for the next seconds, to be opened in Perfetto."""
+"""`POST /debug/trace`: what is done in the next seconds, to be opened in Perfetto."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
-from itertools import islice
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from stallfree.engine.engine import Engine
-from stallfree.engine.trace_recorder import Recording, TraceRecorder
+from stallfree.engine.trace import Trace
 from stallfree.errors import InvalidRequestError
 from stallfree.server.errors import ApiError
 from stallfree.server.fields import shown
@@ -38,7 +36,6 @@ OPENAPI: dict[str, Any] = {
 }
 
 _POLL_S = 0.1  # how soon a recording ends with the server
-_EVENTS_AT_ONCE = 200  # that are encoded before others have their turn
 
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -48,13 +45,11 @@ class DebugTrace:
 
     Args:
         service: what is served.
-        engine: that of the service; its thread has not started.
     """
 
-    def __init__(self, service: Service, engine: Engine) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._recorder = TraceRecorder()
-        engine.observers.add(self._recorder)
+        self._is_recording = False
 
     async def record(self, request: Request) -> Response:
         """A trace of iterations and requests for some seconds, as a file for Perfetto."""
@@ -62,15 +57,17 @@ class DebugTrace:
         self._service.check_ready()
         async for _ in request.stream():  # a body means nothing
             pass
-        if self._recorder.is_recording:
+        if self._is_recording:
             raise ApiError(409, "another trace is being recorded; try again when it has ended")
-        recording = self._recorder.start(self._service.engine.now())
+        trace = self._service.engine.trace()
+        self._is_recording = True
         try:
             await while_connected(request.receive, self._wait(seconds))
         finally:
-            self._recorder.stop()
+            self._is_recording = False
+            trace.stop()
         return StreamingResponse(
-            _file(recording, self._service.engine.now()),
+            _file(trace),
             media_type="application/json",
             headers={"Content-Disposition": 'attachment; filename="stallfree-trace.json"'},
         )
@@ -96,17 +93,11 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-async def _file(recording: Recording, now: float) -> AsyncGenerator[bytes, None]:
+async def _file(trace: Trace) -> AsyncGenerator[bytes, None]:
     """The trace in pieces, so that a long one holds up nobody."""
-    events = recording.events(now)
     yield b'{"displayTimeUnit":"ms","traceEvents":[\n'
     separator = b""
-    while piece := _piece(events):
-        yield separator + piece
+    async for events in trace.events():
+        yield separator + b",\n".join(_encode(event).encode() for event in events)
         separator = b",\n"
-        await asyncio.sleep(0)
-    yield b'\n],"otherData":' + _encode({"is_cut": recording.is_cut}).encode() + b"}\n"
-
-
-def _piece(events: Iterator[dict[str, object]]) -> bytes:
-    return b",\n".join(_encode(event).encode() for event in islice(events, _EVENTS_AT_ONCE))
+    yield b'\n],"otherData":' + _encode({"is_cut": trace.is_cut}).encode() + b"}\n"

@@ -1,13 +1,14 @@
-"""What Prometheus is told of an engine, read at each scrape.
+"""What Prometheus is told of an engine, or of several copies of one, as read for a scrape.
 
 Labels have few values, all known beforehand: tiers, reasons, causes, kinds and stages. Nothing that
-a client sends is one.
+a client sends is one. Of several copies each has its place as the label `replica`. Whoever takes
+the place of a lost one counts from zero, as a server that starts anew does; rates allow for that.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -17,199 +18,228 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from stallfree.core.targets import RANKS
-from stallfree.engine.engine import Engine
 from stallfree.engine.histogram import Histogram
-from stallfree.engine.meter import Meter
-from stallfree.executor.distributed import DistributedPipeline
+from stallfree.engine.meter import TierCounts
+from stallfree.engine.reading import EngineReading
 
 _CAUSES = ("memory", "tier", "lost")  # of preemptions, which are all shown from the start
 
+_Value = TypeVar("_Value")
+_Keys = tuple[str, ...]  # values of labels
+
 
 class EngineMetrics(Collector):
-    """A collector of one engine.
-
-    It reads what the engine's thread changes at the same time: figures of one scrape may be an
-    iteration apart.
+    """A collector of readings of one moment.
 
     Args:
-        engine: to be read.
-        meter: one of its observers.
+        readings: of each copy of the model, by its place; or of one engine, by the empty string.
     """
 
-    def __init__(self, engine: Engine, meter: Meter) -> None:
-        self._engine = engine
-        self._meter = meter
+    def __init__(self, readings: Mapping[str, EngineReading]) -> None:
+        self._labels: _Keys = () if "" in readings else ("replica",)
+        self._readings = [((place,) if place else (), each) for place, each in readings.items()]
 
     def collect(self) -> Iterator[Metric]:
-        """All families of metrics, as the registry asks for them."""
+        """All families of metrics, one after the other."""
         yield from self._latencies()
         yield from self._requests()
         yield from self._iterations()
-        yield from self._memory()
-        yield _stage_seconds(self._engine)
+        yield from self._holdings()
 
     def _latencies(self) -> Iterator[Metric]:
-        tiers = self._meter.tiers
-        yield _histogram(
+        yield self._histogram(
             "scheduling_delay_seconds",
             "From a request's arrival to its first iteration.",
-            {tier: each.delay_s for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.delay_s),
+            "tier",
         )
-        yield _histogram(
+        yield self._histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token (TTFT).",
-            {tier: each.ttft_s for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.ttft_s),
+            "tier",
         )
-        yield _histogram(
+        yield self._histogram(
             "time_between_tokens_seconds",
             "From each token of an answer to the next (TBT, inter-token latency).",
-            {tier: each.tbt_s for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.tbt_s),
+            "tier",
         )
-        yield _histogram(
+        yield self._histogram(
             "time_per_output_token_seconds",
             "Mean time between the tokens of each answer that came to its end (TPOT).",
-            {tier: each.tpot_s for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.tpot_s),
+            "tier",
         )
-        yield _histogram(
+        yield self._histogram(
             "end_to_end_seconds",
             "From the arrival to the end of each request that was answered in full.",
-            {tier: each.end_to_end_s for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.end_to_end_s),
+            "tier",
         )
-        yield _counter(
+        yield self._counter(
             "stalls",
             "Gaps between tokens over the request's own target.",
-            {tier: each.num_stalls for tier, each in tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.num_stalls),
             "tier",
         )
 
     def _requests(self) -> Iterator[Metric]:
-        scheduler, meter = self._engine.scheduler, self._meter
-        running = Counter(request.targets.tier for request in list(scheduler.running))
-        yield _gauge(
+        yield self._gauge(
             "requests_running",
             "Requests that hold KV blocks.",
-            {tier: running[tier] for tier in RANKS},
+            lambda each: _keyed(each.num_running),
             "tier",
         )
-        up_to = [0, *(scheduler.waiting.num_requests(rank) for rank in RANKS.values())]
-        yield _gauge(
+        yield self._gauge(
             "requests_waiting",
             "Requests that wait for admission.",
-            {tier: max(0, up_to[rank + 1] - up_to[rank]) for tier, rank in RANKS.items()},
+            lambda each: _keyed(each.num_waiting),
             "tier",
         )
-        ended = CounterMetricFamily(
-            "stallfree_requests_ended", "Requests that ended.", labels=("tier", "reason")
-        )
-        for tier, each in meter.tiers.items():
-            for reason, count in each.num_ended.items():
-                ended.add_metric((tier, reason.value), count)
-        yield ended
-        yield _counter(
+        yield self._counter("requests_ended", "Requests that ended.", _ended, "tier", "reason")
+        yield self._counter(
             "requests_refused",
             "Requests that were not accepted, as too much waits.",
-            {tier: each.num_refused for tier, each in meter.tiers.items()},
+            lambda each: _by_tier(each, lambda tier: tier.num_refused),
             "tier",
         )
-        yield _counter(
+        yield self._counter(
             "preemptions",
             "Requests whose KV blocks were taken back.",
-            dict.fromkeys(_CAUSES, 0) | scheduler.preemptions,
+            lambda each: _keyed(dict.fromkeys(_CAUSES, 0) | dict(each.preemptions)),
             "cause",
         )
 
     def _iterations(self) -> Iterator[Metric]:
-        scheduler, meter = self._engine.scheduler, self._meter
-        yield _counter(
+        yield self._counter(
             "tokens",
             "Tokens that ran: of prompts (again after a preemption), and those of answers.",
-            {
-                "prompt": meter.num_prompt_tokens,
-                "cached": self._engine.scheduler.prefix_hits,
-                "output": meter.num_output_tokens,
+            lambda each: {
+                ("prompt",): each.counts.num_prompt_tokens,
+                ("cached",): each.num_cached_tokens,
+                ("output",): each.counts.num_output_tokens,
             },
             "kind",
         )
-        yield _histogram("iteration_seconds", "Time of an iteration.", {"": meter.iteration_s})
-        yield _histogram(
+        yield self._histogram(
+            "iteration_seconds", "Time of an iteration.", lambda each: {(): each.counts.iteration_s}
+        )
+        yield self._histogram(
             "iteration_prediction_ratio",
             "Time of an iteration over the time that was predicted for it.",
-            {"": meter.prediction_ratio},
+            lambda each: {(): each.counts.prediction_ratio},
         )
-        yield _counter(
-            "failed_iterations", "Iterations that failed.", {"": meter.num_failed_iterations}
+        yield self._counter(
+            "failed_iterations",
+            "Iterations that failed.",
+            lambda each: {(): each.counts.num_failed_iterations},
         )
-        limit = meter.token_limit
-        yield _gauge(
+        yield self._gauge(
             "token_budget_tokens",
             "Budget of the newest iteration; missing without one.",
-            {} if limit is None else {"": limit},
+            _token_limit,
         )
-        squeezed = scheduler.budget.squeezed
-        yield _counter(
+        yield self._counter(
             "squeezed_iterations",
             "Iterations over the latency target because prompts must go on.",
-            {"": squeezed.iterations},
+            lambda each: {(): each.squeezed.iterations},
         )
-        yield _counter(
+        yield self._counter(
             "squeezed_seconds",
             "How far over the target those were predicted to be, together.",
-            {"": squeezed.over_s},
+            lambda each: {(): each.squeezed.over_s},
         )
 
-    def _memory(self) -> Iterator[Metric]:
-        pool = self._engine.scheduler.pool
-        num_free = pool.num_free
-        yield _gauge(
+    def _holdings(self) -> Iterator[Metric]:
+        yield self._gauge(
             "kv_blocks",
             "Blocks of the KV cache.",
-            {"used": pool.num_blocks - num_free, "free": num_free},
+            lambda each: {("used",): each.num_used_blocks, ("free",): each.num_free_blocks},
             "state",
         )
+        yield self._counter(
+            "stage_seconds",
+            "Time of a pipeline's stages: busy, or idle by reason (pb1, pb2, pb3: batches that "
+            "differ in their prefills, in having one, in their decodes; uneven; no_work).",
+            _stage_seconds,
+            "stage",
+            "kind",
+        )
+
+    def _counter(
+        self,
+        name: str,
+        text: str,
+        values: Callable[[EngineReading], Mapping[_Keys, float]],
+        *labels: str,
+    ) -> Metric:
+        """A family, of what `values` says of each reading by the values of `labels`."""
+        family = CounterMetricFamily(f"stallfree_{name}", text, labels=(*self._labels, *labels))
+        for keys, value in self._all(values):
+            family.add_metric(keys, value)
+        return family
+
+    def _gauge(
+        self,
+        name: str,
+        text: str,
+        values: Callable[[EngineReading], Mapping[_Keys, float]],
+        *labels: str,
+    ) -> Metric:
+        family = GaugeMetricFamily(f"stallfree_{name}", text, labels=(*self._labels, *labels))
+        for keys, value in self._all(values):
+            family.add_metric(keys, value)
+        return family
+
+    def _histogram(
+        self,
+        name: str,
+        text: str,
+        values: Callable[[EngineReading], Mapping[_Keys, Histogram]],
+        *labels: str,
+    ) -> Metric:
+        family = HistogramMetricFamily(f"stallfree_{name}", text, labels=(*self._labels, *labels))
+        for keys, histogram in self._all(values):
+            bounds = [*map(str, histogram.bounds), "+Inf"]
+            buckets = list(zip(bounds, histogram.cumulative(), strict=True))
+            family.add_metric(keys, buckets, histogram.total)
+        return family
+
+    def _all(
+        self, values: Callable[[EngineReading], Mapping[_Keys, _Value]]
+    ) -> Iterator[tuple[_Keys, _Value]]:
+        """What `values` says of all readings, with the values of all labels."""
+        for place, reading in self._readings:
+            for keys, value in values(reading).items():
+                yield (*place, *keys), value
 
 
-def _stage_seconds(engine: Engine) -> Metric:
-    """What the stages of a pipeline did; nothing if the model runs in this process."""
-    family = CounterMetricFamily(
-        "stallfree_stage_seconds",
-        "Time of a pipeline's stages: busy, or idle by reason (pb1, pb2, pb3: batches that "
-        "differ in their prefills, in having one, in their decodes; uneven; no_work).",
-        labels=("stage", "kind"),
-    )
-    if isinstance(engine.executor, DistributedPipeline):
-        for stage, use in enumerate(engine.executor.log.stages):
-            family.add_metric((str(stage), "busy"), use.busy_s)
-            for bubble, idle_s in use.idle_s.items():
-                family.add_metric((str(stage), bubble.name.lower()), idle_s)
-    return family
+def _by_tier(reading: EngineReading, value: Callable[[TierCounts], _Value]) -> dict[_Keys, _Value]:
+    return {(tier,): value(each) for tier, each in reading.counts.tiers.items()}
 
 
-def _counter(name: str, text: str, values: Mapping[str, float], label: str = "") -> Metric:
-    """A family by one label, or of one value, under the key ""."""
-    family = CounterMetricFamily(f"stallfree_{name}", text, labels=_labels(label))
-    for key, value in values.items():
-        family.add_metric(_labels(key), value)
-    return family
+def _keyed(values: Mapping[str, float]) -> dict[_Keys, float]:
+    return {(key,): value for key, value in values.items()}
 
 
-def _gauge(name: str, text: str, values: Mapping[str, float], label: str = "") -> Metric:
-    family = GaugeMetricFamily(f"stallfree_{name}", text, labels=_labels(label))
-    for key, value in values.items():
-        family.add_metric(_labels(key), value)
-    return family
+def _ended(reading: EngineReading) -> dict[_Keys, float]:
+    return {
+        (tier, reason.value): count
+        for tier, each in reading.counts.tiers.items()
+        for reason, count in each.num_ended.items()
+    }
 
 
-def _histogram(name: str, text: str, by_tier: Mapping[str, Histogram]) -> Metric:
-    """A family by tier, or of one histogram, under the key ""."""
-    label = "" if "" in by_tier else "tier"
-    family = HistogramMetricFamily(f"stallfree_{name}", text, labels=_labels(label))
-    for tier, histogram in by_tier.items():
-        bounds = [*map(str, histogram.bounds), "+Inf"]
-        buckets = list(zip(bounds, histogram.cumulative(), strict=True))
-        family.add_metric(_labels(tier), buckets, histogram.total)
-    return family
+def _token_limit(reading: EngineReading) -> dict[_Keys, float]:
+    limit = reading.counts.token_limit
+    return {} if limit is None else {(): limit}
 
 
-def _labels(text: str) -> tuple[str, ...]:
-    return (text,) if text else ()
+def _stage_seconds(reading: EngineReading) -> dict[_Keys, float]:
+    seconds: dict[_Keys, float] = {}
+    for stage, use in enumerate(reading.stages):
+        seconds[str(stage), "busy"] = use.busy_s
+        for bubble, idle_s in use.idle_s.items():
+            seconds[str(stage), bubble.name.lower()] = idle_s
+    return seconds

@@ -53,6 +53,10 @@ class Job:
         """Tokens of the prompts, each counted once."""
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
+    def engine_id(self, prompt_index: int) -> str:
+        """What the engine calls the completions of a prompt."""
+        return f"{self.request_id}-{prompt_index}"
+
     def prompt_of(self, choice: int) -> Prompt:
         """The prompt that `choice` completes."""
         return self.prompts[choice // self.params.n]
@@ -124,9 +128,8 @@ async def stream(engine: ServedEngine, job: Job) -> AsyncGenerator[tuple[int, De
     note = _begin_note(job)
 
     async def run(index: int, prompt: Prompt) -> None:
-        request_id = f"{job.request_id}-{index}"
         deltas = engine.generate(
-            request_id, prompt.token_ids, job.params, job.targets, job.cache_salt
+            job.engine_id(index), prompt.token_ids, job.params, job.targets, job.cache_salt
         )
         async with aclosing(deltas):
             async for delta in deltas:
@@ -170,11 +173,12 @@ async def collect(engine: ServedEngine, job: Job) -> Outcome:
 
     If a copy of the model is lost with it, it runs again: nothing of the answer was sent yet.
     """
-    for _ in range(_RERUNS):
-        with suppress(ReplicaLostError):
-            return await _collect(engine, job)
-        await engine.recover()
-    return await _collect(engine, job)
+    with engine.keeping(map(job.engine_id, range(len(job.prompts)))):
+        for _ in range(_RERUNS):
+            with suppress(ReplicaLostError):
+                return await _collect(engine, job)
+            await engine.recover()
+        return await _collect(engine, job)
 
 
 async def _collect(engine: ServedEngine, job: Job) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stallfree.engine.meter import Meter
 from stallfree.engine.served import ReplicaState, ServedEngine
 from stallfree.server.engine_metrics import EngineMetrics
 from stallfree.server.request_note import RequestNote
@@ -44,17 +43,16 @@ class HttpMetrics(Collector):
 
 
 class ReplicaMetrics(Collector):
-    """A collector of the copies of the model, each by its place."""
+    """A collector of the copies of the model as the server sees them, each by its place."""
 
-    def __init__(self, engine: ServedEngine) -> None:
-        self._engine = engine
+    def __init__(self, states: Sequence[ReplicaState]) -> None:
+        self._states = sorted(states, key=lambda each: each.index)
 
     def collect(self) -> Iterator[Metric]:
         """All families, as the registry asks for them."""
-        states = sorted(self._engine.replicas, key=lambda each: each.index)
         for name, text, value in _OF_REPLICAS:
             family = GaugeMetricFamily(f"stallfree_replica_{name}", text, labels=("replica",))
-            for state in states:
+            for state in self._states:
                 family.add_metric((str(state.index),), value(state))
             yield family
 
@@ -72,10 +70,10 @@ _OF_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaState], float]], ...] = (
 
 
 class Metrics:
-    """All metrics of a server, in a registry of its own.
+    """All metrics of a server.
 
     Args:
-        engine: what is served; it has not started.
+        engine: what is served.
 
     Attributes:
         http: to be told of each HTTP request.
@@ -83,18 +81,18 @@ class Metrics:
 
     def __init__(self, engine: ServedEngine) -> None:
         self.http = HttpMetrics()
-        self._registry = CollectorRegistry()
-        if engine.local is None:
-            self._registry.register(ReplicaMetrics(engine))
-        else:
-            meter = Meter()
-            engine.local.observers.add(meter)
-            self._registry.register(EngineMetrics(engine.local, meter))
-        self._registry.register(self.http)
-        ProcessCollector(registry=self._registry)
+        self._engine = engine
+        self._process = ProcessCollector(registry=None)
 
     async def show(self, request: Request) -> Response:
         """Everything that is counted, in Prometheus' text format or in that of OpenMetrics."""
+        readings = await self._engine.readings()
+        registry = CollectorRegistry()  # of this moment
+        registry.register(EngineMetrics(readings))
+        if self._engine.local is None:
+            registry.register(ReplicaMetrics(self._engine.replicas))
+        registry.register(self.http)
+        registry.register(self._process)
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        text = await asyncio.to_thread(encode, self._registry)  # milliseconds, for many buckets
+        text = await asyncio.to_thread(encode, registry)  # milliseconds, for many buckets
         return Response(text, media_type=content_type)

@@ -32,8 +32,7 @@ class Observability:
         self._service = service
         self._keeps_text = settings.log_prompts
         self._metrics = Metrics(service.engine)
-        engine = service.engine.local
-        self._trace = None if engine is None else DebugTrace(service, engine)
+        self._trace = DebugTrace(service)
         self._closers: list[Callable[[], None]] = []
         self._watchers: list[Callable[[RequestNote], None]] = [self._metrics.http.count]
         if settings.otlp_endpoint is not None:
@@ -49,9 +48,8 @@ class Observability:
     def add_to(self, app: FastAPI, protected: APIRouter) -> None:
         """Add the routes, and the middleware, which must be outside of all other."""
         protected.add_api_route("/metrics", self._metrics.show, methods=["GET"])
-        if self._trace is not None:
-            record = self._trace.record
-            protected.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
+        record = self._trace.record
+        protected.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
         app.add_middleware(
             RequestIds,
             now=self._service.engine.now,
