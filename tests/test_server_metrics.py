@@ -145,12 +145,17 @@ def test_labels_are_those_that_are_known(server: RunningServer) -> None:
     assert found["tier"] == TIERS
     assert found["reason"] == {"stop", "length", "abort", "error"}
     assert found["cause"] == {"memory", "tier", "lost"}
+    assert found["mode"] == {"swap", "recompute"}
+    assert found["direction"] == {"out", "in"}
     assert found["kind"] == {"prompt", "cached", "output"}
     assert found["endpoint"] <= {
         *("/v1/completions", "/v1/models", "/v1/models/{model_id:path}", "/metrics", "other")
     }
     assert {"/v1/models/{model_id:path}", "other"} <= found["endpoint"]
-    assert set(found) == {*("tier", "reason", "cause", "kind", "state", "le"), "endpoint", "status"}
+    assert set(found) == {
+        *("tier", "reason", "cause", "mode", "direction", "kind", "state", "le"),
+        *("endpoint", "status"),
+    }
 
 
 def test_openmetrics_is_given_to_who_asks(server: RunningServer) -> None:
