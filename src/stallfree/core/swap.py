@@ -148,7 +148,7 @@ class SwapSpace:
         What went last goes out first, as it is nearest to the beginning of its request.
         """
         room = self._most_copies - len(ins)
-        outs = []
+        outs: list[CopyOut] = []
         for key, block in reversed(self._going.items()):
             if len(outs) >= room or not self._free:
                 break
