@@ -249,6 +249,24 @@ def test_stages_of_a_pipeline_are_seen(tmp_path: Path) -> None:
     assert kinds == {"busy", "pb1", "pb2", "pb3", "uneven", "no_work"}
 
 
+def test_what_becomes_of_preempted_requests_is_seen(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, dtype="float32", preemption_mode="swap")
+    with serve(engine) as running:
+        scheduler = engine.scheduler
+        assert scheduler.swap is not None
+        scheduler.preemptions["memory"] += 3
+        scheduler.swapped["memory"] += 1
+        scheduler.swap.num_out, scheduler.swap.num_in = 5, 4
+        samples = scrape(running)
+    assert value(samples, "preemptions_total", cause="memory", mode="swap") == 1
+    assert value(samples, "preemptions_total", cause="memory", mode="recompute") == 2
+    assert value(samples, "preemptions_total", cause="tier", mode="recompute") == 0
+    assert value(samples, "swapped_blocks_total", direction="out") == 5
+    assert value(samples, "swapped_blocks_total", direction="in") == 4
+    assert value(samples, "swap_blocks", state="used") == 0
+    assert value(samples, "swap_blocks", state="free") == scheduler.swap.num_slots > 0
+
+
 def test_two_servers_of_one_process_count_for_themselves(
     server: RunningServer, tmp_path: Path
 ) -> None:

@@ -212,7 +212,6 @@ def test_nothing_runs_after_copies_that_failed() -> None:
     ("sizes", "dtype"),
     [
         ({"pipeline_parallel_size": 2}, "float32"),
-        ({"tensor_parallel_size": 2}, "int8"),
         ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "int8"),
     ],
 )
