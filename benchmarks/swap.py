@@ -135,9 +135,10 @@ def table(load: Load, rows: dict[str, dict[str, Any]], *, is_same: bool) -> Tabl
         f"cache of {load.kv_tokens:,} tokens; {answers}"
     )
     made = Table(box=box.SIMPLE, caption=caption)
-    titles = ("preempted requests", "output tokens/s", "ratio", "tokens computed again")
+    titles = ("preemption", "output tokens/s", "ratio", "tokens computed again")
     for title in (*titles, "preemptions", "kept", "blocks out", "blocks in"):
-        made.add_column(title, justify="left" if title == titles[0] else "right")
+        is_name = title == titles[0]
+        made.add_column(title, justify="left" if is_name else "right", no_wrap=is_name)
     base = rows["recompute"]["tokens_per_s"]
     for name, row in rows.items():
         made.add_row(

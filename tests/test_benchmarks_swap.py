@@ -18,8 +18,8 @@ def test_all_three_ways_give_the_same_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(save_tiny_model(tmp_path / "model"))
-    arguments = ["--model", model, "--threads", "1", "--swap-dir", str(tmp_path), "--quick"]
-    monkeypatch.setattr(sys, "argv", ["swap.py", *arguments])
+    arguments = ["--model", model, "--dtype", "float32", "--threads", "1", "--quick"]
+    monkeypatch.setattr(sys, "argv", ["swap.py", *arguments, "--swap-dir", str(tmp_path)])
     assert swap.main() == 0
     shown = capsys.readouterr().out
     assert "the same answers" in shown

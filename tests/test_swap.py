@@ -215,7 +215,7 @@ def test_nothing_runs_after_copies_that_failed() -> None:
         ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "int8"),
     ],
 )
-def test_every_process_copies_its_own(tmp_path: Path, sizes: dict[str, int], dtype: str) -> None:
+def test_every_process_copies_its_own(tmp_path: Path, sizes: dict[str, Any], dtype: str) -> None:
     settings = small(tmp_path / "model", dtype)
     expected = answers(build_engine(replace(settings, kv_cache_memory_bytes=4 << 20)))
     llm = LLM.from_settings(
