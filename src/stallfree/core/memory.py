@@ -125,7 +125,7 @@ class Memory:
 
         Args:
             request: that is to wait again.
-            keeps: whether that may be; its table holds what it should.
+            keeps: whether that may be: not if what its blocks held is lost.
         """
         self._release(request)
         if self._swap is None or not keeps:
