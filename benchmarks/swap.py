@@ -1,12 +1,14 @@
 """What keeping preempted requests saves: one load under memory pressure, three ways.
 
-    python benchmarks/swap.py             # the demo model: some four minutes on two cores
+    python benchmarks/swap.py             # the demo model: some two minutes on two cores
     python benchmarks/swap.py --quick     # fewer and shorter requests, stored nowhere
 
 All requests are there from the beginning and begin differently; the KV cache holds less than half
 of what they come to, so that some are preempted as others grow. The same is run with recompute, and
-with swap to host memory and to a file. Answers are greedy, so in int8 all must be the same. Prints
-a table, and writes benchmarks/results/swap.json; the exit code is 1 if answers differ.
+with swap to host memory and to a file, by three engines that take turns, an iteration each: so
+whatever else the machine does meets all of them alike. Answers are greedy, so in int8 all must be
+the same. Prints a table, and writes benchmarks/results/swap.json; the exit code is 1 if answers
+differ.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -31,6 +32,7 @@ from server import machine_facts
 
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.engine.build import build_engine
+from stallfree.engine.engine import Engine
 from stallfree.engine.meter import Meter
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import StallfreeError
@@ -49,9 +51,9 @@ class Load:
         kv_tokens: that the KV cache holds.
     """
 
-    requests: int = 16
-    prompt_tokens: int = 300
-    output_tokens: int = 200
+    requests: int = 10
+    prompt_tokens: int = 400
+    output_tokens: int = 150
     kv_tokens: int = 2560
 
     @property
@@ -71,16 +73,22 @@ def main() -> int:
         settings = replace(settings, kv_cache_memory_bytes=load.kv_tokens * token_bytes)
         space = load.requests * (load.prompt_tokens + load.output_tokens) * token_bytes
         swap = replace(settings, preemption_mode="swap", swap_space_bytes=space)
-        rows = {
-            "recompute": measure(settings, load),
-            "swap, host memory": measure(swap, load),
-            "swap, file": measure(replace(swap, swap_dir=options.swap_dir), load),
+        ways = {
+            "recompute": settings,
+            "swap, host memory": swap,
+            "swap, file": replace(swap, swap_dir=options.swap_dir),
         }
+        runs = {name: Run(build_engine(each), load) for name, each in ways.items()}
     except StallfreeError as error:
         print(f"the benchmark failed: {error}", file=sys.stderr)
         return 1
-    texts = [row.pop("tokens") for row in rows.values()]
-    is_same = all(each == texts[0] for each in texts)
+    goes_on = True
+    while goes_on:
+        goes_on = False
+        for run in runs.values():
+            goes_on |= run.step()
+    rows = {name: run.row() for name, run in runs.items()}
+    is_same = all(run.tokens == runs["recompute"].tokens for run in runs.values())
     result = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(["python", *sys.argv]),
@@ -98,36 +106,50 @@ def main() -> int:
     return 0 if is_same else 1
 
 
-def measure(settings: EngineSettings, load: Load) -> dict[str, Any]:
-    """Run the load on an engine of its own."""
-    engine = build_engine(settings)
-    meter = Meter()
-    engine.observers.add(meter)
-    params = SamplingParams(temperature=0, max_tokens=load.output_tokens, ignore_eos=True)
-    rng = random.Random(0)
-    for number in range(load.requests):
-        prompt = rng.choices(range(engine.vocab_size), k=load.prompt_tokens)
-        engine.add(str(number), prompt, params)
-    tokens: dict[str, list[int]] = {str(number): [] for number in range(load.requests)}
-    started = time.perf_counter()
-    while engine.has_requests:
-        for delta in engine.step():
-            tokens[delta.request_id] += delta.token_ids
-    seconds = time.perf_counter() - started
-    scheduler, swap = engine.scheduler, engine.scheduler.swap
-    return {
-        "seconds": seconds,
-        "tokens_per_s": meter.num_output_tokens / seconds,
-        "read_again": meter.num_prompt_tokens - load.least_read,
-        "preemptions": scheduler.preemptions.total(),
-        "swapped": scheduler.swapped.total(),
-        "blocks_out": swap.num_out if swap else 0,
-        "blocks_in": swap.num_in if swap else 0,
-        "tokens": tokens,
-    }
+class Run:
+    """The load on an engine of its own.
+
+    Attributes:
+        tokens: of the answers.
+    """
+
+    def __init__(self, engine: Engine, load: Load) -> None:
+        self.tokens: dict[str, list[int]] = {str(number): [] for number in range(load.requests)}
+        self._engine, self._load = engine, load
+        self._meter, self._seconds = Meter(), 0.0
+        engine.observers.add(self._meter)
+        params = SamplingParams(temperature=0, max_tokens=load.output_tokens, ignore_eos=True)
+        rng = random.Random(0)
+        for name in self.tokens:
+            engine.add(name, rng.choices(range(engine.vocab_size), k=load.prompt_tokens), params)
+
+    def step(self) -> bool:
+        """Run an iteration, if there is one left to run."""
+        if not self._engine.has_requests:
+            return False
+        started = time.perf_counter()
+        deltas = self._engine.step()
+        self._seconds += time.perf_counter() - started
+        for delta in deltas:
+            self.tokens[delta.request_id] += delta.token_ids
+        return True
+
+    def row(self) -> dict[str, float]:
+        """What it took."""
+        scheduler = self._engine.scheduler
+        swap = scheduler.swap
+        return {
+            "seconds": self._seconds,
+            "tokens_per_s": self._meter.num_output_tokens / self._seconds,
+            "read_again": self._meter.num_prompt_tokens - self._load.least_read,
+            "preemptions": scheduler.preemptions.total(),
+            "swapped": scheduler.swapped.total(),
+            "blocks_out": swap.num_out if swap else 0,
+            "blocks_in": swap.num_in if swap else 0,
+        }
 
 
-def table(load: Load, rows: dict[str, dict[str, Any]], *, is_same: bool) -> Table:
+def table(load: Load, rows: dict[str, dict[str, float]], *, is_same: bool) -> Table:
     """A line for each way."""
     answers = "the same answers" if is_same else "ANSWERS DIFFER"
     caption = (
