@@ -140,8 +140,8 @@ class Run:
         swap = scheduler.swap
         return {
             "seconds": self._seconds,
-            "tokens_per_s": self._meter.num_output_tokens / self._seconds,
-            "read_again": self._meter.num_prompt_tokens - self._load.least_read,
+            "tokens_per_s": self._meter.counts.num_output_tokens / self._seconds,
+            "read_again": self._meter.counts.num_prompt_tokens - self._load.least_read,
             "preemptions": scheduler.preemptions.total(),
             "swapped": scheduler.swapped.total(),
             "blocks_out": swap.num_out if swap else 0,

@@ -13,7 +13,7 @@ import pytest
 from engine_fixtures import Failing, tiny_settings
 
 from stallfree import LLM, SamplingParams
-from stallfree.core.batch import Batch, Copies, CopyIn
+from stallfree.core.batch import NO_COPIES, Batch, Copies, CopyIn
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import StaticBudget
 from stallfree.core.request import Request
@@ -25,9 +25,10 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.loop import OneStage
 from stallfree.engine.meter import Meter
 from stallfree.engine.settings import EngineSettings
-from stallfree.errors import ConfigError
+from stallfree.errors import ConfigError, CopyError, ExecutorError, OutOfMemoryError
 from stallfree.executor.distributed import DistributedPipeline
 from stallfree.executor.output import ExecutorOutput, Sample
+from stallfree.executor.rerun import RerunningPipeline
 from stallfree.executor.swap_store import CopyTimes, SwapStore
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -83,7 +84,7 @@ def measured(settings: EngineSettings) -> tuple[dict[str, list[int]], Engine, in
     engine = build_engine(settings, show_progress=False)
     meter = Meter()
     engine.observers.add(meter)
-    return answers(engine), engine, meter.num_prompt_tokens
+    return answers(engine), engine, meter.counts.num_prompt_tokens
 
 
 @pytest.mark.usefixtures("cheap")
@@ -199,13 +200,72 @@ def test_nothing_runs_after_copies_that_failed() -> None:
     events: list[str] = []
 
     def copy(copies: Copies) -> None:
-        raise OSError("the disk is gone")
+        raise CopyError("the disk is gone")
 
     stage = OneStage(lambda: _Fails(events), copy)
     stage.submit(copying_batch())
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(CopyError, match="the disk is gone"):
         stage.collect()
     assert events == []
+
+
+class _Pipeline:
+    """One of two stages, whose first batch fails."""
+
+    num_stages = 2
+
+    def __init__(self, error: ExecutorError) -> None:
+        self.error = error
+        self.copied: list[Copies] = []
+        self.results: list[ExecutorOutput | ExecutorError] = []
+
+    def submit(self, batch: Batch) -> None:
+        fails = not self.copied
+        self.copied.append(batch.copies)
+        output = ExecutorOutput((Sample(1),) * len(batch.sampling))
+        self.results.append(self.error if fails else output)
+
+    def collect(self) -> ExecutorOutput:
+        result = self.results.pop(0)
+        if isinstance(result, ExecutorError):
+            raise result
+        return result
+
+    def execute(self, batch: Batch) -> ExecutorOutput:
+        self.submit(batch)
+        return self.collect()
+
+    def starve(self) -> None: ...
+
+    def tend(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_batch_that_a_pipeline_runs_again_is_not_copied_again() -> None:
+    inner = _Pipeline(OutOfMemoryError("no memory for this batch"))
+    pipeline = RerunningPipeline(inner)
+    first, second = copying_batch(), copying_batch()
+    pipeline.submit(first)
+    pipeline.submit(second)
+    assert pipeline.collect().samples == (Sample(1),)
+    assert pipeline.collect().samples == (Sample(1),)
+    # as the second one has a request of the same name, it is run again too
+    assert inner.copied == [first.copies, second.copies, NO_COPIES, NO_COPIES]
+
+
+def test_a_batch_that_a_pipeline_could_not_copy_for_is_not_run_again() -> None:
+    inner = _Pipeline(CopyError("the disk is gone"))
+    pipeline = RerunningPipeline(inner)
+    first, second = copying_batch(), copying_batch()
+    pipeline.submit(first)
+    pipeline.submit(second)
+    with pytest.raises(CopyError, match="the disk is gone"):
+        pipeline.collect()
+    assert pipeline.collect().samples == (Sample(1),)
+    assert inner.copied == [first.copies, second.copies]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stallfree.errors import ConfigError
+from stallfree.errors import ConfigError, CopyError
 from stallfree.executor.swap_store import CopyTimes, SwapStore
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_decoder import Int8KVCache
@@ -160,5 +160,5 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         if str(tmp_path) in os.path.realpath(f"/proc/self/fd/{each}")
     ]
     os.ftruncate(int(name), 100)
-    with pytest.raises(OSError, match="the swap file ends at"):
+    with pytest.raises(CopyError, match="the swap file ends at"):
         store.copy((), [(0, 0)])

@@ -91,6 +91,10 @@ class Batch:
         self.num_decodes = sum([chunk.is_decode for chunk in self.chunks])
         self.sampling = tuple([chunk for chunk in self.chunks if chunk.samples])
 
+    def without_copies(self) -> Batch:
+        """The same chunks, once the copies are done."""
+        return Batch(self.chunks, self.token_limit)
+
     def halves(self) -> tuple[Batch, ...]:
         """The batch in two, to be run one after the other; none if it is a single token.
 

@@ -40,6 +40,7 @@ class Swapping:
 
     Raises:
         ConfigError: there is no room for it.
+        CopyError: it cannot be written or read.
         WorkersLostError: a process of the model ended.
     """
 
@@ -99,7 +100,7 @@ class Swapping:
         """Do the copies of a batch in this process.
 
         Raises:
-            OSError: the file of the swap space cannot be written or read.
+            CopyError: the swap space cannot be written or read.
         """
         assert self._store is not None, "the processes of the model copy"
         self._store.copy([(out.block, out.slot) for out in copies.outs], copies.ins)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from stallfree.core.batch import Batch
-from stallfree.errors import ExecutorError, OutOfMemoryError, WorkersLostError
+from stallfree.errors import CopyError, ExecutorError, OutOfMemoryError, WorkersLostError
 from stallfree.executor.launch import Launcher, WorkerProcess
 from stallfree.executor.line import Line, pickled
 from stallfree.executor.messages import (
@@ -135,7 +135,7 @@ class DistributedPipeline:
 
         Raises:
             ExecutorError: it failed on a worker, which goes on; OutOfMemoryError if that had no
-                memory for it.
+                memory for it, CopyError if one of them could not copy KV.
             WorkersLostError: a worker has ended or does not answer; nothing runs until `restart`.
         """
         step_id = self._in_flight.popleft()
@@ -146,6 +146,7 @@ class DistributedPipeline:
         if failures:
             rank = min(failures)
             kind = OutOfMemoryError if failures[rank].no_memory else ExecutorError
+            kind = CopyError if any(done.no_copy for done in failures.values()) else kind
             raise kind(f"{self._specs[rank].name} failed:\n{failures[rank].error}")
         assert output is not None, "the last stage gives an output or an error"
         return output

@@ -101,6 +101,7 @@ class Done:
         output: of the last stage.
         error: the traceback, if it failed.
         no_memory: whether it did for want of memory.
+        no_copy: whether it did before anything ran, as KV could not be copied.
     """
 
     step_id: int
@@ -109,6 +110,7 @@ class Done:
     output: ExecutorOutput | None = None
     error: str | None = None
     no_memory: bool = False
+    no_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

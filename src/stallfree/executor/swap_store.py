@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from stallfree.errors import ConfigError
+from stallfree.errors import ConfigError, CopyError
 
 _AT_ONCE = 32  # blocks that are held between the KV cache and the slots
 _ROUNDS = 5  # of measuring; the first one does not count, as memory may be touched first then
@@ -77,8 +77,14 @@ class SwapStore:
             ins: a slot and a block each.
 
         Raises:
-            OSError: the file cannot be written or read.
+            CopyError: the file cannot be written or read, or there is no memory.
         """
+        try:
+            self._copy(outs, ins)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise CopyError(f"the swap space cannot be used: {error}") from error
+
+    def _copy(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> None:
         for some in _in_parts(outs):
             self._rows.write([slot for _, slot in some], self._read([block for block, _ in some]))
         for some in _in_parts(ins):
@@ -88,6 +94,9 @@ class SwapStore:
         """How long copying takes, with some of the blocks and slots; blocks stay as they are.
 
         Of a file, what the disk itself takes: as if the system kept none of it in memory.
+
+        Raises:
+            CopyError: see `copy`.
         """
         pairs = [(index, index) for index in range(self._num_measured)]
         times: list[tuple[float, float]] = []

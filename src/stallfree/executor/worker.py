@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stallfree.errors import ConfigError
+from stallfree.errors import CopyError, StallfreeError
 from stallfree.executor.messages import (
     Crashed,
     Done,
@@ -143,7 +143,7 @@ class _Worker:
         try:
             self._swap = SwapStore(cache, wanted.num_slots, wanted.folder)
             times = self._swap.measure()
-        except (ConfigError, OSError, RuntimeError, MemoryError) as error:
+        except (StallfreeError, OSError) as error:
             self._connection.send(Ready(str(error)))
             signal.pause()  # until the driver ends all
         self._connection.send(Ready(times=times))
@@ -194,7 +194,7 @@ class _Worker:
 
     def _step(self, executor: TorchExecutor, arrived: _Arrived) -> Done:
         run, output, failure = arrived.run, None, None
-        no_memory = False
+        no_memory = no_copy = False
         received = arrived.wait()
         started_s, hidden = time.monotonic(), None
         try:
@@ -210,12 +210,13 @@ class _Worker:
             if self._spec.part.tp_size > 1:  # its peers wait for it amid their layers
                 raise
             failure, no_memory = traceback.format_exc(), isinstance(error, MemoryError)
+            no_copy = isinstance(error, CopyError)
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
         if self._spec.part.tp_rank > 0:
             output = None  # its peers have the same
-        return Done(run.step_id, started_s, ended_s, output, failure, no_memory)
+        return Done(run.step_id, started_s, ended_s, output, failure, no_memory, no_copy)
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""
