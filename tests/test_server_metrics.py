@@ -145,12 +145,17 @@ def test_labels_are_those_that_are_known(server: RunningServer) -> None:
     assert found["tier"] == TIERS
     assert found["reason"] == {"stop", "length", "abort", "error"}
     assert found["cause"] == {"memory", "tier", "lost"}
+    assert found["mode"] == {"swap", "recompute"}
+    assert found["direction"] == {"out", "in"}
     assert found["kind"] == {"prompt", "cached", "output"}
     assert found["endpoint"] <= {
         *("/v1/completions", "/v1/models", "/v1/models/{model_id:path}", "/metrics", "other")
     }
     assert {"/v1/models/{model_id:path}", "other"} <= found["endpoint"]
-    assert set(found) == {*("tier", "reason", "cause", "kind", "state", "le"), "endpoint", "status"}
+    assert set(found) == {
+        *("tier", "reason", "cause", "mode", "direction", "kind", "state", "le"),
+        *("endpoint", "status"),
+    }
 
 
 def test_openmetrics_is_given_to_who_asks(server: RunningServer) -> None:
@@ -242,6 +247,24 @@ def test_stages_of_a_pipeline_are_seen(tmp_path: Path) -> None:
             assert value(samples, "stage_seconds_total", stage=stage, kind=kind) >= 0
     kinds = {dict(labels)["kind"] for name, labels in samples if "stage_seconds" in name}
     assert kinds == {"busy", "pb1", "pb2", "pb3", "uneven", "no_work"}
+
+
+def test_what_becomes_of_preempted_requests_is_seen(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, dtype="float32", preemption_mode="swap")
+    with serve(engine) as running:
+        scheduler = engine.scheduler
+        assert scheduler.swap is not None
+        scheduler.preemptions["memory"] += 3
+        scheduler.swapped["memory"] += 1
+        scheduler.swap.num_out, scheduler.swap.num_in = 5, 4
+        samples = scrape(running)
+    assert value(samples, "preemptions_total", cause="memory", mode="swap") == 1
+    assert value(samples, "preemptions_total", cause="memory", mode="recompute") == 2
+    assert value(samples, "preemptions_total", cause="tier", mode="recompute") == 0
+    assert value(samples, "swapped_blocks_total", direction="out") == 5
+    assert value(samples, "swapped_blocks_total", direction="in") == 4
+    assert value(samples, "swap_blocks", state="used") == 0
+    assert value(samples, "swap_blocks", state="free") == scheduler.swap.num_slots > 0
 
 
 def test_two_servers_of_one_process_count_for_themselves(

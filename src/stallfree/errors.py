@@ -12,7 +12,8 @@
     ├── EndpointError                  a server that is to be measured cannot be
     └── EngineError                    a request that was accepted cannot be finished
         ├── ExecutorError              the iteration that held the request failed
-        │   └── OutOfMemoryError       there was no memory to run it
+        │   ├── OutOfMemoryError       there was no memory to run it
+        │   └── CopyError              KV could not be copied to or from the swap space
         ├── WorkersLostError           a process of the model has ended, or does not answer
         ├── ReplicaLostError           the copy of the model that ran the request has ended
         ├── NoReplicaError             no copy of the model is ready at the moment
@@ -89,6 +90,10 @@ class ExecutorError(EngineError):
 
 class OutOfMemoryError(ExecutorError):
     """There was no memory to run the request, even alone; later there may be."""
+
+
+class CopyError(ExecutorError):
+    """KV could not be copied between the KV cache and the swap space: nothing else was run."""
 
 
 class WorkersLostError(EngineError):

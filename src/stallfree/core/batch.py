@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from stallfree.core.request import Request
@@ -31,6 +32,43 @@ class Chunk(NamedTuple):
         return self.start + self.num_tokens
 
 
+class CopyOut(NamedTuple):
+    """A block that is copied to a slot of the swap space, and the key of what it holds."""
+
+    block: int
+    slot: int
+    key: bytes
+
+
+class CopyIn(NamedTuple):
+    """A slot of the swap space that is copied to a block."""
+
+    slot: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What is copied, once, before the chunks of a batch run: all that goes out before the rest.
+
+    Attributes:
+        outs: blocks that others are about to write to.
+        ins: blocks that the chunks read.
+        seconds: that it is predicted to take.
+    """
+
+    outs: tuple[CopyOut, ...] = ()
+    ins: tuple[CopyIn, ...] = ()
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to copy."""
+        return bool(self.outs or self.ins)
+
+
+NO_COPIES = Copies()
+
+
 class Batch:
     """The chunks of one iteration, at most one for each request.
 
@@ -40,22 +78,29 @@ class Batch:
         num_decodes: chunks that continue an answer.
         sampling: the chunks that end in a sampled token, in order.
         token_limit: the budget that was in force; None without one.
+        copies: between the KV cache and the swap space.
     """
 
-    __slots__ = ("chunks", "num_decodes", "num_tokens", "sampling", "token_limit")
+    __slots__ = ("chunks", "copies", "num_decodes", "num_tokens", "sampling", "token_limit")
 
     def __init__(self, chunks: Iterable[Chunk], token_limit: int | None = None) -> None:
         self.token_limit = token_limit
+        self.copies = NO_COPIES
         self.chunks = tuple(chunks)
         self.num_tokens = sum([chunk.num_tokens for chunk in self.chunks])
         self.num_decodes = sum([chunk.is_decode for chunk in self.chunks])
         self.sampling = tuple([chunk for chunk in self.chunks if chunk.samples])
 
+    def without_copies(self) -> Batch:
+        """The same chunks, once the copies are done."""
+        return Batch(self.chunks, self.token_limit)
+
     def halves(self) -> tuple[Batch, ...]:
         """The batch in two, to be run one after the other; none if it is a single token.
 
         Decodes are parted from prompts first, then the earlier half of the requests from the later
-        one. Of a single prompt, the tokens are halved.
+        one. Of a single prompt, the tokens are halved. The copies are in neither half: they are
+        done by then.
         """
         chunks = self.chunks
         first = [chunk for chunk in chunks if chunk.is_decode]

@@ -10,7 +10,7 @@ it is allocated anew. Nothing here knows where the memory is. Paging after vLLM'
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class OutOfBlocksError(Exception):
@@ -26,6 +26,9 @@ class BlockPool:
 
     Free blocks with a key are the last to be allocated, and of those the one that was let go first
     goes first. A block table is let go from its end, so leaves go before what they follow on.
+
+    Attributes:
+        on_forget: called with each block that is allocated anew, and the key of what it held.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -38,6 +41,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._keys: dict[int, bytes] = {}  # by block
         self._found: dict[bytes, int] = {}  # blocks by key
+        self.on_forget: Callable[[int, bytes], None] = lambda block, key: None  # noqa: ARG005
 
     @property
     def num_free(self) -> int:
@@ -73,7 +77,9 @@ class BlockPool:
         blocks = [self._blank.pop() for _ in range(min(count, len(self._blank)))]
         while len(blocks) < count:
             block, _ = self._kept.popitem(last=False)
-            del self._found[self._keys.pop(block)]
+            key = self._keys.pop(block)
+            del self._found[key]
+            self.on_forget(block, key)
             blocks.append(block)
         for block in blocks:
             self._holders[block] = 1

@@ -115,7 +115,8 @@ class SloBudget:
     decodes. Without decodes there is nobody to hold up, and prompts run in long chunks. If the
     decodes alone are over the target, nobody else is admitted and prompts that are under way get
     one tile an iteration, at most two. Requests of tier `flex` have no target; they run where no
-    prompt of others is read, as many as the decodes of others leave room for.
+    prompt of others is read, as many as the decodes of others leave room for. Time that goes into
+    copying KV is taken off the target of the iteration, and nothing is learned from it.
 
     Args:
         tbt_slo_s: the target of requests without one of their own, in seconds from one token of an
@@ -151,6 +152,7 @@ class SloBudget:
     def tokens(self, load: Load) -> int:
         """All decodes, and as much prefill as their target leaves room for."""
         target_s = self._target_s(load) if load.decodes else max(self.tbt_slo_s, _IDLE_S)
+        target_s -= load.copy_s
         start = max((request.num_computed_tokens for request in load.prefills), default=0)
         num_tokens, seconds = self._most_tokens(
             len(load.decodes),
@@ -170,6 +172,7 @@ class SloBudget:
         """As many as are within the target of the other decodes; one at least if there are none."""
         rows = len(load.decodes)
         target_s = self._target_s(load) if rows else max(self.tbt_slo_s, _IDLE_S)
+        target_s -= load.copy_s
         sizes = [request.num_tokens for request in load.flex_decodes]
         count = self._most_decodes(rows, load.context, sizes, target_s)
         count = count if rows else max(count, min(1, len(sizes)))
@@ -273,8 +276,8 @@ class SloBudget:
 
     def predict(self, batch: Batch) -> float:
         """As the predictor has it now."""
-        return self.predictor.seconds(BatchShape.of(batch))
+        return batch.copies.seconds + self.predictor.seconds(BatchShape.of(batch))
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Follow the machine."""
-        self.predictor.observe(BatchShape.of(batch), seconds)
+        self.predictor.observe(BatchShape.of(batch), seconds - batch.copies.seconds)

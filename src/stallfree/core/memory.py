@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
+from stallfree.core.batch import NO_COPIES, Copies, CopyIn
 from stallfree.core.blocks import BlockPool
 from stallfree.core.policies import POLICIES
 from stallfree.core.prefix_cache import PrefixCache, Sharing
 from stallfree.core.request import Request
 from stallfree.core.scheduler_config import SchedulerConfig
+from stallfree.core.swap import SwapSpace
 from stallfree.errors import ConfigError
 
 _NOTHING: Mapping[int, int] = {}
@@ -25,6 +28,7 @@ class Memory:
         config: says what is reserved, left free and shared.
         pool: of the blocks.
         salt: see `PrefixCache`.
+        swap: where KV of preempted requests is kept; None: nowhere.
 
     Attributes:
         cache: finds what was computed before.
@@ -36,8 +40,14 @@ class Memory:
         ConfigError: the pool is too small for what the policy reserves for one request.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, salt: bytes) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, salt: bytes, swap: SwapSpace | None = None
+    ) -> None:
         self.pool = pool
+        self._swap = swap
+        self._ins: list[CopyIn] = []  # of the next batch
+        if swap is not None:
+            pool.on_forget = swap.note_forgotten
         self._reserves = POLICIES[config.policy].reserves_context
         self._context_blocks = pool.blocks_for(config.max_model_len)
         if self._reserves and self._context_blocks > pool.num_blocks:
@@ -46,15 +56,28 @@ class Memory:
                 f"tokens for each request, but the KV cache holds {pool.num_tokens}: lower "
                 "max_model_len or raise kv_cache_memory"
             )
-        sharing = Sharing.ALL if config.prefix_caching else Sharing.GROUPS
+        sharing = Sharing.GROUPS if swap is None else Sharing.ITSELF
+        sharing = Sharing.ALL if config.prefix_caching else sharing
         self.cache = PrefixCache(pool, Sharing.NOTHING if self._reserves else sharing, salt)
         watermark = 0 if self._reserves else config.watermark
         self.watermark_blocks = int(watermark * pool.num_blocks)
         self.num_asked = self.num_hit = 0
 
     def num_found(self, request: Request) -> int:
-        """Tokens of a request that waits whose KV is there."""
-        return len(self.cache.find(request)) * self.pool.block_size
+        """Tokens of a request that waits whose KV is there, or in the swap space."""
+        found = self.cache.find(request)
+        return (len(found) + len(self._swapped(request, len(found)))) * self.pool.block_size
+
+    def is_swapped(self, request: Request) -> bool:
+        """Whether KV of a request that waits would be copied in."""
+        return bool(self._swapped(request, len(self.cache.find(request))))
+
+    def _swapped(self, request: Request, num_found: int) -> list[int]:
+        """Slots of what follows on `num_found` blocks of a request."""
+        if self._swap is None:
+            return []
+        num_usable = self.cache.num_usable(request)
+        return self._swap.find(islice(request.block_keys, num_found, num_usable))
 
     def blocks_taken(self, request: Request, released: Mapping[int, int] = _NOTHING) -> int:
         """Free blocks that an admission takes: all but those that it shares with who holds them.
@@ -80,21 +103,62 @@ class Memory:
     def admit(self, requests: Sequence[Request]) -> None:
         """Give requests their tables, together: what one finds is not allocated to another."""
         found = [self.cache.find(request) for request in requests]
+        swapped = [self._swapped(*each) for each in zip(requests, map(len, found), strict=True)]
         for blocks in found:
             self.pool.share(blocks)
-        for request, blocks in zip(requests, found, strict=True):
+        for request, blocks, slots in zip(requests, found, swapped, strict=True):
             new = self.pool.allocate(self._blocks_of(request) - len(blocks))
+            self._ins += map(CopyIn, slots, new)
             request.block_table = [*blocks, *new]
             request.num_kept_blocks = len(blocks)
-            request.num_computed_tokens = len(blocks) * self.pool.block_size
-            request.num_confirmed_tokens = request.num_computed_tokens
+            request.num_computed_tokens = (len(blocks) + len(slots)) * self.pool.block_size
+            request.num_confirmed_tokens = len(blocks) * self.pool.block_size
+            if self._swap is not None:
+                self._swap.leave(request)
             if request.first_scheduled_at is None and self.cache.may_find(request):
                 request.num_cached_tokens = request.num_computed_tokens
                 self.num_asked += request.num_prompt_tokens
                 self.num_hit += request.num_cached_tokens
 
-    def release(self, request: Request) -> None:
-        """Take a request's table back."""
+    def preempt(self, request: Request, *, keeps: bool) -> bool:
+        """Take a request's table back; whether what it held is kept in the swap space.
+
+        Args:
+            request: that is to wait again.
+            keeps: whether that may be: not if what its blocks held is lost.
+        """
+        self._release(request)
+        if self._swap is None or not keeps:
+            return False
+        count = request.num_confirmed_tokens // self.pool.block_size
+        count = min(count, self.cache.num_usable(request))
+        return self._swap.keep(request, request.block_keys[:count])
+
+    def end(self, request: Request) -> None:
+        """Take back all that a request holds."""
+        self._release(request)
+        if self._swap is not None:
+            self._swap.leave(request)
+
+    def forget(self) -> None:
+        """All KV is lost."""
+        self.pool.forget()
+        if self._swap is not None:
+            self._swap.forget()
+
+    def most_copy_s(self, *, may_admit: bool) -> float:
+        """Most seconds that the copies of the next batch take."""
+        return 0.0 if self._swap is None else self._swap.most_s(may_admit=may_admit)
+
+    def next_copies(self) -> Copies:
+        """What the next batch copies."""
+        if self._swap is None:
+            return NO_COPIES
+        copies = self._swap.next_copies(self._ins)
+        self._ins.clear()
+        return copies
+
+    def _release(self, request: Request) -> None:
         self.pool.release(request.block_table)
         request.block_table = []
         request.num_kept_blocks = 0
@@ -108,6 +172,8 @@ class Memory:
         """
         self.pool.check_integrity(request.block_table for request in requests)
         self.cache.check_integrity(requests)
+        if self._swap is not None:
+            self._swap.check_integrity(requests)
 
     def _blocks_of(self, request: Request) -> int:
         """Blocks of its table when it is admitted."""

@@ -35,6 +35,7 @@ class Sharing(enum.Enum):
 
     ALL = "all requests with the same cache_salt"
     GROUPS = "the completions of one prompt"
+    ITSELF = "the completions of one prompt; any other request finds what itself computed"
     NOTHING = "nobody"
 
 
@@ -58,7 +59,7 @@ class PrefixCache:
         """Whether others may share the blocks of a request."""
         if self._sharing is Sharing.GROUPS:
             return request.group is not None
-        return self._sharing is Sharing.ALL
+        return self._sharing in (Sharing.ALL, Sharing.ITSELF)
 
     def may_find(self, request: Request) -> bool:
         """Whether it may use what is there: log probabilities of a prompt have to be computed."""
@@ -162,9 +163,11 @@ class PrefixCache:
 
     def _root(self, request: Request) -> bytes:
         """Where a chain begins; with the lengths, so that no two of them are spelled alike."""
-        if self._sharing is Sharing.GROUPS:
+        if self._sharing is Sharing.ALL:
+            name = "all" if request.cache_salt is None else f"salt {request.cache_salt}"
+        elif request.group is not None:
             name = f"group {request.group}"
         else:
-            name = "all" if request.cache_salt is None else f"salt {request.cache_salt}"
+            name = f"request {request.request_id}"
         salt = sha256(self._salt).digest()
         return sha256(salt + name.encode("utf-8", "surrogatepass")).digest()

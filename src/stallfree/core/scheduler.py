@@ -25,6 +25,7 @@ from stallfree.core.policies import POLICIES, Candidate, View
 from stallfree.core.proposal_check import PolicyError, checked_batch
 from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.scheduler_config import SchedulerConfig
+from stallfree.core.swap import SwapSpace
 from stallfree.core.targets import RANKS
 from stallfree.core.waiting import WaitingQueue
 from stallfree.errors import ContextLengthError, InvalidRequestError
@@ -40,6 +41,7 @@ class Scheduler:
         pool: the KV blocks, all of them free.
         budget: asked for the tokens of each iteration, if the policy keeps one.
         salt: of the keys of KV blocks, see `PrefixCache`.
+        swap: where KV of preempted requests is kept; None: all of it is computed again.
 
     Attributes:
         waiting: requests that wait, in order.
@@ -50,27 +52,36 @@ class Scheduler:
             waiting.
         preemptions: how many there were, by cause: `memory` (for the next token of others), `tier`
             (for a prompt that goes before it) or `lost` (with what ran it).
+        swapped: those of them after which KV was kept in the swap space.
 
     Raises:
         ConfigError: the pool is too small for what the policy reserves for one request.
     """
 
     def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, budget: TokenBudget, salt: bytes = b""
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        budget: TokenBudget,
+        salt: bytes = b"",
+        swap: SwapSpace | None = None,
     ) -> None:
         self.config = config
         self.pool = pool
         self.budget = budget
+        self.swap = swap
         self.policy = POLICIES[config.policy]
         self.counters = TokenCounters() if config.is_fair else None
         self.waiting = WaitingQueue(config.prefill_order, self.counters)
         self.running: list[Request] = []
         self.outlook = Outlook(self.running, self.waiting)
         self._requests: dict[str, Request] = {}
-        self._memory = Memory(config, pool, salt)
+        self._memory = Memory(config, pool, salt, swap)
         self._cache = self._memory.cache
         self.num_left_waiting = [0] * len(RANKS)
         self.preemptions: Counter[str] = Counter()
+        self.swapped: Counter[str] = Counter()
+        self._returning: Request | None = None  # whose KV may be copied in by the next batch
         self._is_pressed = False  # one was preempted for memory, and requests have waited since
         self._num_arrivals = 0
         self._decodes_ran_last = False
@@ -133,6 +144,7 @@ class Scheduler:
         """
         num_waiting = len(self.waiting)
         self._is_pressed &= num_waiting > 0
+        self._returning = None
         ready = self._grow_running()
         may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
         if may_admit:
@@ -140,6 +152,7 @@ class Scheduler:
         if self.config.num_stages > 1:
             ready = self._share(ready)
         load = Load(ready)
+        load.copy_s = self._memory.most_copy_s(may_admit=may_admit and len(self.waiting) > 0)
         limits = self._limits(load)
         proposals = self.policy.propose(self._view(load, limits, may_admit))
         if not proposals:
@@ -153,6 +166,7 @@ class Scheduler:
                 request.first_scheduled_at = now
             request.in_flight += 1
             request.num_computed_tokens = chunk.start + chunk.num_tokens
+        batch.copies = self._memory.next_copies()
         self.num_left_waiting = [self.waiting.num_requests(rank) for rank in RANKS.values()]
         self._decodes_ran_last = batch.num_decodes > 0
         return batch
@@ -184,6 +198,8 @@ class Scheduler:
 
     def complete(self, batch: Batch, token_ids: Sequence[int]) -> None:
         """Take the result of a batch: one sampled token for each chunk of `batch.sampling`."""
+        if self.swap is not None:
+            self.swap.note_done(batch.copies)
         sampled = iter(token_ids)
         for chunk in batch.chunks:
             request = chunk.request
@@ -205,6 +221,8 @@ class Scheduler:
 
     def fail(self, batch: Batch) -> None:
         """End every request of a batch that could not be run."""
+        if self.swap is not None:
+            self.swap.note_failed(batch.copies)
         for chunk in batch.chunks:
             request = chunk.request
             request.in_flight -= 1
@@ -216,7 +234,7 @@ class Scheduler:
 
         Requests wait again, in their order, to be computed from their tokens.
         """
-        self.pool.forget()
+        self._memory.forget()
         for request in {chunk.request for batch in batches for chunk in batch.chunks}:
             request.in_flight = 0
             if request.pending_finish is not None:
@@ -241,7 +259,7 @@ class Scheduler:
 
         Raises:
             IntegrityError: a block is lost, held by a request that should hold none, or found as
-                what it does not hold.
+                what it does not hold; or one of the swap space is lost, or kept for nobody.
         """
         self._memory.check_integrity(list(self._requests.values()))
         if {id(request) for request in (*self.waiting, *self.running)} != {
@@ -323,7 +341,7 @@ class Scheduler:
     def _preempt(self, request: Request, cause: str) -> None:
         self.preemptions[cause] += 1
         request.move_to(RequestState.WAITING)
-        self._memory.release(request)
+        self.swapped[cause] += self._memory.preempt(request, keeps=cause != "lost")
         request.num_computed_tokens = request.num_confirmed_tokens = 0
         request.num_preemptions += 1
         self.running.remove(request)
@@ -352,7 +370,22 @@ class Scheduler:
         """Those that may run or be admitted, in order: not those whose beginning others compute."""
         own = [request for request in under_way if request.is_flex == is_flex]
         line = self.waiting.in_order(own, may_admit, is_flex=is_flex)
-        return without_followers(line, self._cache, self.pool, self.running)
+        line = without_followers(line, self._cache, self.pool, self.running)
+        return line if self.swap is None else self._with_one_returning(line)
+
+    def _with_one_returning(self, line: Iterator[Request]) -> Iterator[Request]:
+        """Without those that wait from the second one on whose KV is copied in.
+
+        So that one iteration does not copy for many, and nobody overtakes those that were
+        preempted.
+        """
+        is_second = False
+        for request in line:
+            if request.state is RequestState.WAITING and self._memory.is_swapped(request):
+                is_second |= self._returning not in (None, request)
+                self._returning = self._returning or request
+            if request.state is RequestState.RUNNING or not is_second:
+                yield request
 
     def _admit(self, requests: Sequence[Request]) -> None:
         self._memory.admit(requests)
@@ -374,6 +407,6 @@ class Scheduler:
         request.finish_reason = reason
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.outlook.note_answer(request.num_output_tokens)
-        self._memory.release(request)
+        self._memory.end(request)
         del self._requests[request.request_id]
         self._cache.remove(request)

@@ -21,9 +21,10 @@ from stallfree.engine.facts import EngineFacts
 from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.load import load_model
 from stallfree.engine.memory import default_share, free_bytes
-from stallfree.engine.profile import cached_profile, measure_profile
+from stallfree.engine.profile import Profile, cached_profile, measure_profile
 from stallfree.engine.progress import progress
 from stallfree.engine.settings import EngineSettings
+from stallfree.engine.swapping import Swapping
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
 from stallfree.executor.distributed import DistributedPipeline
@@ -83,6 +84,9 @@ def build_engine(
         token_bytes = model.footprint.kv_bytes_per_token
         pool = BlockPool(_num_blocks(settings, token_bytes, context, device), settings.block_size)
         executor = model.make_executor(pool)
+        swapping = None
+        if settings.swaps:
+            swapping = Swapping(settings, executor, pool, token_bytes, device)
         max_model_len = min(context, pool.num_tokens)
         facts = EngineFacts(
             model_name=source.name,
@@ -107,6 +111,10 @@ def build_engine(
             max_num_seqs=settings.max_num_seqs,
             load_s=time.monotonic() - started,
         )
+        profile = None
+        if facts.tbt_slo_s is not None or swapping is not None:
+            profile = _profile(executor, pool, facts, show_progress)
+        budget = _budget(profile, facts)
         scheduler = Scheduler(
             SchedulerConfig(
                 settings.scheduler,
@@ -119,8 +127,9 @@ def build_engine(
                 prefix_caching=settings.prefix_caching,
             ),
             pool,
-            _budget(executor, pool, facts, show_progress),
+            budget,
             salt=os.urandom(_SALT_BYTES),
+            swap=swapping.space(budget, profile.times) if swapping and profile else None,
         )
         engine = Engine(
             scheduler,
@@ -135,6 +144,7 @@ def build_engine(
                 settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
             ),
             pipeline=executor if isinstance(executor, DistributedPipeline) else None,
+            copy=swapping.copy if swapping else None,
             restarts=settings.restart_workers,
             iteration_file=iteration_file,
         )
@@ -149,12 +159,10 @@ def _static_tokens(settings: EngineSettings, kind: str) -> int | None:
     return settings.token_budget or TOKEN_BUDGETS[kind]
 
 
-def _budget(
+def _profile(
     executor: Executor, pool: BlockPool, facts: EngineFacts, show_progress: bool
-) -> TokenBudget:
-    """What decides how many tokens an iteration holds; for a target, from measured step times."""
-    if facts.tbt_slo_s is None:
-        return StaticBudget(facts.token_budget or 1, facts.tile_tokens)
+) -> Profile:
+    """How long iterations take: measured now, if no earlier start has."""
     profile = cached_profile(facts)
     if profile is None:
         with progress(show_progress) as bar:
@@ -165,6 +173,13 @@ def _budget(
                 facts,
                 on_batch=lambda done, total: bar.update(task, completed=done, total=total),
             )
+    return profile
+
+
+def _budget(profile: Profile | None, facts: EngineFacts) -> TokenBudget:
+    """What decides how many tokens an iteration holds; for a target, from measured step times."""
+    if facts.tbt_slo_s is None or profile is None:
+        return StaticBudget(facts.token_budget or 1, facts.tile_tokens)
     return SloBudget(
         facts.tbt_slo_s,
         StepTimePredictor(profile.times, relevant_s=facts.tbt_slo_s / 4),

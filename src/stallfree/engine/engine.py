@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from stallfree.core.admission import Admission
-from stallfree.core.batch import Batch
+from stallfree.core.batch import Batch, Copies
 from stallfree.core.counter_random import mix
 from stallfree.core.request import FinishReason, Request
 from stallfree.core.sampling_params import SamplingParams
@@ -47,6 +47,8 @@ class Engine:
         scheduler: decides each iteration.
         executor: runs it.
         pipeline: runs several at once, if it can.
+        copy: copies for the executor between the KV cache and the swap space, if there is one; a
+            pipeline does that itself.
         clock: stamps arrivals.
         tokenizer: turns tokens into text.
         facts: what all this was built with.
@@ -75,6 +77,7 @@ class Engine:
         tiers: Mapping[str, Targets] | None = None,
         admission: Admission | None = None,
         pipeline: WorkerPipeline | None = None,
+        copy: Callable[[Copies], None] | None = None,
         restarts: bool = False,
         iteration_file: IterationFile | None = None,
     ) -> None:
@@ -90,7 +93,7 @@ class Engine:
         self.observers = Observers()
         self.is_restarting = False
         self._iteration_file = iteration_file
-        one = OneStage(lambda: self.executor)
+        one = OneStage(lambda: self.executor, copy)
         self._loop = Loop(scheduler, RerunningPipeline(pipeline) if pipeline else one, clock)
         self._workers = pipeline
         self._losses = Losses() if restarts else None

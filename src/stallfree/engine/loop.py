@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stallfree.core.batch import Batch
+from stallfree.core.batch import Batch, Copies
 from stallfree.core.request import FinishReason
 from stallfree.core.scheduler import Scheduler
 from stallfree.engine.clock import Clock
@@ -110,16 +110,21 @@ class Loop:
 class OneStage:
     """A `Pipeline` of one stage: an executor that runs a batch when it is collected.
 
-    A batch that fails is run in parts, as nothing else is in flight.
+    A batch that fails is run in parts, as nothing else is in flight. Its copies are done once,
+    before: what they copied out may be overwritten then. If they fail, nothing of it runs.
 
     Args:
         executor: gives the executor, asked each time.
+        copy: between the KV cache and the swap space; None if there is none.
     """
 
     num_stages = 1
 
-    def __init__(self, executor: Callable[[], Executor]) -> None:
+    def __init__(
+        self, executor: Callable[[], Executor], copy: Callable[[Copies], None] | None = None
+    ) -> None:
         self._executor = executor
+        self._copy = copy
         self._batch: Batch | None = None
 
     def submit(self, batch: Batch) -> None:
@@ -130,4 +135,7 @@ class OneStage:
         """Run it."""
         batch, self._batch = self._batch, None
         assert batch is not None, "nothing was submitted"
+        if batch.copies:
+            assert self._copy is not None, "there is no swap space"
+            self._copy(batch.copies)
         return run_in_parts(self._executor(), batch)

@@ -8,10 +8,26 @@ from dataclasses import dataclass
 
 from stallfree.core.bubbles import StageUse
 from stallfree.core.budget import Squeezed
+from stallfree.core.swap import SwapSpace
 from stallfree.core.targets import RANKS
 from stallfree.engine.engine import Engine
 from stallfree.engine.meter import Counts
 from stallfree.executor.distributed import DistributedPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class SwapUse:
+    """A swap space.
+
+    Attributes:
+        num_used, num_free: its slots, each for a block.
+        num_out, num_in: blocks that were copied so far.
+    """
+
+    num_used: int = 0
+    num_free: int = 0
+    num_out: int = 0
+    num_in: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +39,8 @@ class EngineReading:
         num_running: requests that hold KV blocks, by tier.
         num_waiting: requests that wait for admission, by tier.
         preemptions: requests whose KV blocks were taken back, by cause.
+        swapped: those of them that are kept in the swap space, by cause.
+        swap: what is in it; all zero without one.
         num_cached_tokens: tokens of prompts whose KV was there.
         squeezed: what reading prompts cost against the latency target.
         num_used_blocks, num_free_blocks: of the KV cache.
@@ -33,6 +51,8 @@ class EngineReading:
     num_running: Mapping[str, int]
     num_waiting: Mapping[str, int]
     preemptions: Mapping[str, int]
+    swapped: Mapping[str, int]
+    swap: SwapUse
     num_cached_tokens: int
     squeezed: Squeezed
     num_used_blocks: int
@@ -56,9 +76,18 @@ def read(engine: Engine, counts: Counts) -> EngineReading:
         num_running={tier: running[tier] for tier in RANKS},
         num_waiting={tier: max(0, up_to[rank + 1] - up_to[rank]) for tier, rank in RANKS.items()},
         preemptions=dict(scheduler.preemptions),
+        swapped=dict(scheduler.swapped),
+        swap=_swap_use(scheduler.swap),
         num_cached_tokens=scheduler.prefix_hits,
         squeezed=scheduler.budget.squeezed,
         num_used_blocks=scheduler.pool.num_blocks - num_free,
         num_free_blocks=num_free,
         stages=executor.log.stages if isinstance(executor, DistributedPipeline) else (),
     )
+
+
+def _swap_use(swap: SwapSpace | None) -> SwapUse:
+    if swap is None:
+        return SwapUse()
+    num_used = swap.num_used
+    return SwapUse(num_used, swap.num_slots - num_used, swap.num_out, swap.num_in)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 from stallfree.core.policies import POLICIES
-from stallfree.engine.caching_settings import CachingSettings
 from stallfree.engine.flags import (
     Flag,
     check_choice,
@@ -23,6 +22,7 @@ from stallfree.engine.flags import (
     parse_bytes,
 )
 from stallfree.engine.limit_settings import LimitSettings
+from stallfree.engine.swap_settings import SwapSettings
 from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
@@ -44,7 +44,7 @@ def available_cpus() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings(CachingSettings):
+class EngineSettings(SwapSettings):
     """What an engine is built from.
 
     Raises:
@@ -125,7 +125,7 @@ class EngineSettings(CachingSettings):
 
     def __post_init__(self) -> None:
         check_types(self)
-        CachingSettings.__post_init__(self)
+        SwapSettings.__post_init__(self)
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the demo model")
         if self.revision is not None and self.model is None:

@@ -12,18 +12,29 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from stallfree.core.batch import Batch
-from stallfree.errors import ExecutorError, OutOfMemoryError, WorkersLostError
+from stallfree.errors import CopyError, ExecutorError, OutOfMemoryError, WorkersLostError
 from stallfree.executor.launch import Launcher, WorkerProcess
 from stallfree.executor.line import Line, pickled
-from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
+from stallfree.executor.messages import (
+    Crashed,
+    Done,
+    Loaded,
+    MakeCache,
+    MakeSwap,
+    Ready,
+    Run,
+    WorkerSpec,
+)
 from stallfree.executor.output import ExecutorOutput
 from stallfree.executor.stage_log import StageLog
 from stallfree.executor.step import step_of
+from stallfree.executor.swap_store import CopyTimes
 from stallfree.model.loading import Footprint
 
 START_TIMEOUT_S = 900.0  # loading a large model from a slow disk, or compiling kernels
@@ -61,6 +72,7 @@ class DistributedPipeline:
         self.log = log
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
+        self._make_swap: MakeSwap | None = None
         self._workers: list[WorkerProcess] = []
         self._lines: list[Line] = []
         started = time.monotonic()
@@ -88,6 +100,28 @@ class DistributedPipeline:
         self._tell_all(self._make_cache)
         self._hear_all(Ready)
 
+    def make_swap(self, num_slots: int, folder: Path | None) -> CopyTimes:
+        """Have every worker make a swap space for its layers, and measure it.
+
+        Returns:
+            What a batch waits for all stages: those of the slowest share of each.
+
+        Raises:
+            MemoryError: one has no room for it.
+            WorkersLostError: one ended.
+        """
+        self._make_swap = MakeSwap(num_slots, folder)
+        self._tell_all(self._make_swap)
+        slowest: dict[int, CopyTimes] = {}  # by the first layer of a stage
+        for rank, ready in self._hear_all(Ready).items():
+            assert ready.times is not None, "a swap space is measured"
+            stage = self._specs[rank].part.first_layer
+            slowest[stage] = ready.times.slower_of(slowest.get(stage, ready.times))
+        return CopyTimes(
+            sum(times.out_s for times in slowest.values()),
+            sum(times.in_s for times in slowest.values()),
+        )
+
     def submit(self, batch: Batch) -> None:
         """Send a batch through the stages."""
         run = Run(self._num_submitted, step_of(batch))
@@ -101,7 +135,7 @@ class DistributedPipeline:
 
         Raises:
             ExecutorError: it failed on a worker, which goes on; OutOfMemoryError if that had no
-                memory for it.
+                memory for it, CopyError if one of them could not copy KV.
             WorkersLostError: a worker has ended or does not answer; nothing runs until `restart`.
         """
         step_id = self._in_flight.popleft()
@@ -112,6 +146,7 @@ class DistributedPipeline:
         if failures:
             rank = min(failures)
             kind = OutOfMemoryError if failures[rank].no_memory else ExecutorError
+            kind = CopyError if any(done.no_copy for done in failures.values()) else kind
             raise kind(f"{self._specs[rank].name} failed:\n{failures[rank].error}")
         assert output is not None, "the last stage gives an output or an error"
         return output
@@ -144,6 +179,8 @@ class DistributedPipeline:
         self._start()
         if self._make_cache is not None:
             self.make_cache(self._make_cache.num_blocks, self._make_cache.block_size)
+        if self._make_swap is not None:
+            self.make_swap(self._make_swap.num_slots, self._make_swap.folder)
 
     def close(self) -> None:
         """End all workers, and what is written of them."""
@@ -187,7 +224,7 @@ class DistributedPipeline:
             worker.kill()
         self._workers, self._lines = [], []
 
-    def _tell_all(self, message: MakeCache | Run) -> None:
+    def _tell_all(self, message: MakeCache | MakeSwap | Run) -> None:
         payload = pickled(message)
         try:
             for line in self._lines:

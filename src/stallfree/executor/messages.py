@@ -1,15 +1,18 @@
 """What the processes of a model and their driver tell each other, over one connection each.
 
-A worker is sent a `MakeCache` once, then one `Run` for each batch; the end of the connection is
-its end. It answers with one `Loaded`, one `Ready`, one `Done` for each batch, or a `Crashed`.
+A worker is sent a `MakeCache` once, perhaps a `MakeSwap`, then one `Run` for each batch; the end of
+the connection is its end. It answers with one `Loaded`, one `Ready` for each thing made, one `Done`
+for each batch, or a `Crashed`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from stallfree.executor.output import ExecutorOutput
 from stallfree.executor.step import Step
+from stallfree.executor.swap_store import CopyTimes
 from stallfree.model.loading import Computation, Footprint
 from stallfree.model.part import ModelPart
 
@@ -55,6 +58,14 @@ class MakeCache:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeSwap:
+    """The size of the swap space in blocks, and the folder of its file; None for host memory."""
+
+    num_slots: int
+    folder: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A batch; ids count up from zero."""
 
@@ -71,9 +82,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The KV cache is there, or `error` says why not."""
+    """The KV cache or the swap space is there, or `error` says why not.
+
+    Attributes:
+        times: of the swap space.
+    """
 
     error: str | None = None
+    times: CopyTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +101,7 @@ class Done:
         output: of the last stage.
         error: the traceback, if it failed.
         no_memory: whether it did for want of memory.
+        no_copy: whether it did before anything ran, as KV could not be copied.
     """
 
     step_id: int
@@ -93,6 +110,7 @@ class Done:
     output: ExecutorOutput | None = None
     error: str | None = None
     no_memory: bool = False
+    no_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

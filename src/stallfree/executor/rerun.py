@@ -3,6 +3,9 @@
 Those are let through first. Then the batch runs alone, as `parts.py` has it, and after it those
 that failed too, or that hold a later chunk of one of its prompts, in their order: what they wrote
 depends on what was not there. Others have their results already. No new batch is sent meanwhile.
+
+Copies to and from the swap space are not done again: what goes out may be overwritten by now. A
+batch whose copies failed is not run again either, so its requests end.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from stallfree.core.batch import Batch
-from stallfree.errors import ExecutorError, WorkersLostError
+from stallfree.errors import CopyError, ExecutorError, WorkersLostError
 from stallfree.executor.output import ExecutorOutput, WorkerPipeline
 from stallfree.executor.parts import run_in_parts
 
@@ -60,6 +63,8 @@ class RerunningPipeline:
         """What comes of the oldest batch in flight."""
         try:
             return self._pipeline.collect()
+        except CopyError as error:
+            return error
         except ExecutorError as error:
             logger.warning("an iteration of %d tokens failed: %s", batch.num_tokens, error)
         for _ in self._in_flight:
@@ -68,6 +73,8 @@ class RerunningPipeline:
         outcome = self._run_again(batch)
         stale = _requests_of(batch)
         for place, later in enumerate(self._in_flight):
+            if isinstance(self._ended[place], CopyError):
+                continue
             is_stale = not stale.isdisjoint(_requests_of(later))
             if is_stale or isinstance(self._ended[place], ExecutorError):
                 self._ended[place] = self._run_again(later)
@@ -75,7 +82,7 @@ class RerunningPipeline:
         return outcome
 
     def _run_again(self, batch: Batch) -> _Outcome:
-        return _outcome(lambda: run_in_parts(self._pipeline, batch))
+        return _outcome(lambda: run_in_parts(self._pipeline, batch.without_copies()))
 
 
 def _outcome(run: Callable[[], ExecutorOutput]) -> _Outcome:

@@ -59,11 +59,15 @@ class Step:
         input: its tokens, and the block tables of their requests.
         sampled: one for each chunk of `Batch.sampling`, in order.
         scored: where requests asked for the log probabilities of their prompts.
+        outs: blocks that are copied to slots of the swap space before anything else.
+        ins: slots that are then copied to blocks.
     """
 
     input: ModelInput
     sampled: tuple[SampledRow, ...]
     scored: tuple[ScoredRows, ...]
+    outs: tuple[tuple[int, int], ...] = ()
+    ins: tuple[tuple[int, int], ...] = ()
 
 
 def step_of(batch: Batch) -> Step:
@@ -81,7 +85,14 @@ def step_of(batch: Batch) -> Step:
         if chunk.samples:
             row = len(token_ids) - 1
             sampled.append(SampledRow(row, _sampler_row(request), request.params.logprobs))
-    return Step(ModelInput(token_ids, chunks), tuple(sampled), tuple(scored))
+    copies = batch.copies
+    return Step(
+        ModelInput(token_ids, chunks),
+        tuple(sampled),
+        tuple(scored),
+        tuple((out.block, out.slot) for out in copies.outs),
+        tuple((each.slot, each.block) for each in copies.ins),
+    )
 
 
 def _wants_prompt_logprobs(chunk: Chunk) -> bool:

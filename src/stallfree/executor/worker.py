@@ -25,7 +25,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stallfree.executor.messages import Crashed, Done, Loaded, MakeCache, Ready, Run, WorkerSpec
+from stallfree.errors import CopyError, StallfreeError
+from stallfree.executor.messages import (
+    Crashed,
+    Done,
+    Loaded,
+    MakeCache,
+    MakeSwap,
+    Ready,
+    Run,
+    WorkerSpec,
+)
+from stallfree.executor.swap_store import SwapStore
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_cache import int8_weights
@@ -88,7 +99,8 @@ def _on_own_device(spec: WorkerSpec) -> Computation:
 class _Worker:
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
-        self._arrived: queue.SimpleQueue[_Arrived | MakeCache] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[_Arrived | MakeCache | MakeSwap] = queue.SimpleQueue()
+        self._swap: SwapStore | None = None
         self._sent: tuple[Any, torch.Tensor] | None = None  # the last transfer and what it reads
         self._peers: Peers = Alone()
         self._line: Any = None  # the group of those that hidden states are sent to and come from
@@ -121,8 +133,20 @@ class _Worker:
         self._connection.send(Ready())
         while True:
             arrived = self._arrived.get()
+            if isinstance(arrived, MakeSwap):
+                self._make_swap(cache, arrived)
+                continue
             assert isinstance(arrived, _Arrived), "there is one KV cache"
             self._connection.send(self._step(executor, arrived))
+
+    def _make_swap(self, cache: Any, wanted: MakeSwap) -> None:
+        try:
+            self._swap = SwapStore(cache, wanted.num_slots, wanted.folder)
+            times = self._swap.measure()
+        except (StallfreeError, OSError) as error:
+            self._connection.send(Ready(str(error)))
+            signal.pause()  # until the driver ends all
+        self._connection.send(Ready(times=times))
 
     def _join(self) -> None:
         """Meet the other processes of the model."""
@@ -170,10 +194,13 @@ class _Worker:
 
     def _step(self, executor: TorchExecutor, arrived: _Arrived) -> Done:
         run, output, failure = arrived.run, None, None
-        no_memory = False
+        no_memory = no_copy = False
         received = arrived.wait()
         started_s, hidden = time.monotonic(), None
         try:
+            if run.step.outs or run.step.ins:
+                assert self._swap is not None, "there is no swap space"
+                self._swap.copy(run.step.outs, run.step.ins)
             hidden = executor.forward(run.step, received)
             if self._spec.following is None:
                 output = executor.finish(run.step, hidden)
@@ -183,12 +210,13 @@ class _Worker:
             if self._spec.part.tp_size > 1:  # its peers wait for it amid their layers
                 raise
             failure, no_memory = traceback.format_exc(), isinstance(error, MemoryError)
+            no_copy = isinstance(error, CopyError)
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
         if self._spec.part.tp_rank > 0:
             output = None  # its peers have the same
-        return Done(run.step_id, started_s, ended_s, output, failure, no_memory)
+        return Done(run.step_id, started_s, ended_s, output, failure, no_memory, no_copy)
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""

@@ -49,6 +49,11 @@ class Int8KVCache:
         width = padded(config.head_dim, LANES)
         self.values = torch.empty((config.num_layers, tokens * width), dtype=dtype)
 
+    def blocks(self) -> list[torch.Tensor]:
+        """All of it as views (layers, N, values of a block): blocks are whole groups."""
+        layers = len(self.keys)
+        return [each.view(layers, self.num_blocks, -1) for each in (self.keys, self.values)]
+
     def arrays(self) -> shapes.Cache:
         """What the kernels take: float16 as the uint16 that hold it."""
         keys, values = self.keys, self.values

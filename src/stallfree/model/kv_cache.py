@@ -31,6 +31,10 @@ class KVCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
 
+    def blocks(self) -> list[torch.Tensor]:
+        """All of it as views (layers, N, values of a block), some layers each."""
+        return [each.view(1, self.num_blocks, -1) for each in (*self.keys, *self.values)]
+
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:

@@ -106,9 +106,10 @@ class EngineMetrics(Collector):
         )
         yield self._counter(
             "preemptions",
-            "Requests whose KV blocks were taken back.",
-            lambda each: _keyed(dict.fromkeys(_CAUSES, 0) | dict(each.preemptions)),
+            "Requests whose KV blocks were taken back; swap: what is overwritten of them is kept.",
+            _preemptions,
             "cause",
+            "mode",
         )
 
     def _iterations(self) -> Iterator[Metric]:
@@ -157,6 +158,18 @@ class EngineMetrics(Collector):
             "Blocks of the KV cache.",
             lambda each: {("used",): each.num_used_blocks, ("free",): each.num_free_blocks},
             "state",
+        )
+        yield self._gauge(
+            "swap_blocks",
+            "Blocks that the swap space has room for.",
+            lambda each: {("used",): each.swap.num_used, ("free",): each.swap.num_free},
+            "state",
+        )
+        yield self._counter(
+            "swapped_blocks",
+            "Blocks that were copied to the swap space, and back.",
+            lambda each: {("out",): each.swap.num_out, ("in",): each.swap.num_in},
+            "direction",
         )
         yield self._counter(
             "stage_seconds",
@@ -229,6 +242,15 @@ def _ended(reading: EngineReading) -> dict[_Keys, float]:
         for tier, each in reading.counts.tiers.items()
         for reason, count in each.num_ended.items()
     }
+
+
+def _preemptions(reading: EngineReading) -> dict[_Keys, float]:
+    counts: dict[_Keys, float] = {}
+    for cause in _CAUSES:
+        num_swapped = reading.swapped.get(cause, 0)
+        counts[cause, "swap"] = num_swapped
+        counts[cause, "recompute"] = reading.preemptions.get(cause, 0) - num_swapped
+    return counts
 
 
 def _token_limit(reading: EngineReading) -> dict[_Keys, float]:
