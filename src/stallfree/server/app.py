@@ -53,6 +53,7 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         title="stallfree", version=version("stallfree"), lifespan=lifespan, redirect_slashes=False
     )
     app.state.service = service
+    app.state.notes = observability.notes
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origin:
         app.add_middleware(
@@ -110,7 +111,7 @@ def run_server(
     """
     listener = bind(settings.host, settings.port)
     app = create_app(engine, settings)
-    server = ApiServer(app, app.state.service, settings, on_ready)
+    server = ApiServer(app, app.state.service, app.state.notes, settings, on_ready)
     app.state.service.templates.start()
     server.run(sockets=[listener])
     return server.exit_code

@@ -23,6 +23,7 @@ from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
 from stallfree.server.connection import Connection
 from stallfree.server.keys import Keyring
+from stallfree.server.request_id import RequestNotes
 from stallfree.server.service import Service
 from stallfree.server.tls import tls_context
 
@@ -98,6 +99,7 @@ class ApiServer(uvicorn.Server):
     Args:
         app: the application, whose lifespan starts and stops the engine.
         service: what the app serves.
+        notes: of its requests.
         settings: of the server.
         on_ready: called with the URL once requests are answered.
 
@@ -109,6 +111,7 @@ class ApiServer(uvicorn.Server):
         self,
         app: ASGIApp,
         service: Service,
+        notes: RequestNotes,
         settings: ServerSettings,
         on_ready: Callable[[str], None],
     ) -> None:
@@ -130,6 +133,7 @@ class ApiServer(uvicorn.Server):
         super().__init__(config)
         self.exit_code = 0
         self._service = service
+        self._notes = notes
         self._settings = settings
         self._tls = tls_context(settings)
         self._on_ready = on_ready
@@ -169,7 +173,13 @@ class ApiServer(uvicorn.Server):
                 "ssl_shutdown_timeout": LAST_WRITES_S,
             }
         return await loop.create_server(
-            lambda: Connection(self.config, self.server_state, self.lifespan.state, self._settings),
+            lambda: Connection(
+                self.config,
+                self.server_state,
+                self.lifespan.state,
+                self._settings,
+                self._notes,
+            ),
             sock=listener,
             backlog=self.config.backlog,
             **options,
