@@ -81,7 +81,11 @@ class LimitSettings(ObservabilitySettings):
     ] = MAX_STOP_STRING_CHARS
     max_connections: Annotated[
         int,
-        Flag("Most connections that are open.", "COUNT", panel=_LIMITS),
+        Flag(
+            "Most connections that are open, those in a TLS handshake included.",
+            "COUNT",
+            panel=_LIMITS,
+        ),
     ] = 1_000
     max_concurrent_requests: Annotated[
         int,

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Sized
 from contextlib import suppress
 from typing import Any, Literal, cast
 
@@ -36,7 +37,8 @@ logger = logging.getLogger("stallfree.server")
 class Connection(H11Protocol):
     """A connection, with the limits of `settings`; the first three arguments are uvicorn's.
 
-    What it answers itself is told to `notes`, as the ends of all other requests are.
+    What it answers itself is told to `notes`, as the ends of all other requests are. Where
+    connections are encrypted, those in `handshakes` are open too.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Connection(H11Protocol):
         app_state: dict[str, Any],
         settings: LimitSettings,
         notes: RequestNotes,
+        handshakes: Sized = (),
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._settings = settings
         self._notes = notes
+        self._handshakes = handshakes
         self._coming: Literal["head", "body"] | None = None  # part of a request
         self._deadline: asyncio.TimerHandle | None = None  # of that part; later, of this connection
         self._is_refused = False
@@ -68,7 +72,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         # Whatever the kernel does not take at once makes a response wait, and starts the clock.
         transport.set_write_buffer_limits(high=1, low=0)
-        most, num_open = self._settings.max_connections, len(self.connections)
+        most = self._settings.max_connections
+        num_open = len(self.connections) + len(self._handshakes)
         if num_open > most + MAX_LINGERING:
             transport.abort()
         elif num_open > most:
