@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from tiny import save_tiny_model
 from stallfree.engine.engine import Engine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError, OverloadedError
+from stallfree.server.dashboard import MAX_WATCHERS_OF_A_KEY
 from stallfree.server.keys import Keyring, read_keys
 from stallfree.server.protocol import CompletionRequest, parse
 
 ALICE, BOB, CAROL = "alice-secret-1", "bob-secret-2", "carol-secret-3"
 COMPLETIONS = "/v1/completions"
+FEED = "/dashboard/feed"
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
 
 
@@ -256,6 +259,39 @@ def test_limits_of_a_key_are_its_own(server: RunningServer) -> None:
     wait_until(lambda: post(BOB).status_code == 200)
     assert post(BOB, n=0).status_code == 400
     assert post(BOB).status_code == 200
+
+
+def test_who_watches_takes_nothing_from_requests(server: RunningServer) -> None:
+    def status(key: str, path: str = "/metrics") -> int:
+        return server.http.get(path, headers=bearer(key)).status_code
+
+    def post(key: str) -> int:
+        return server.http.post(COMPLETIONS, json=BODY, headers=bearer(key)).status_code
+
+    with ExitStack() as stack:
+        for _ in range(2):  # more than bob may have of requests
+            watch = server.http.stream("GET", FEED, headers=bearer(BOB))
+            assert stack.enter_context(watch).status_code == 200
+        assert [post(BOB) for _ in range(2)] == [200] * 2
+        long = {**BODY, "max_tokens": 16_000, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=long, headers=bearer(BOB)) as answer:
+            next(answer.iter_lines())
+            assert post(BOB) == 429
+            assert status(BOB) == 200
+    assert [status(ALICE) for _ in range(4)] == [200, 200, 200, 429]  # as often as her rate
+    assert [post(ALICE) for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_one_key_does_not_take_all_places_of_those_who_watch(server: RunningServer) -> None:
+    with ExitStack() as stack:
+        for _ in range(MAX_WATCHERS_OF_A_KEY):
+            watch = server.http.stream("GET", FEED, headers=bearer(CAROL))
+            assert stack.enter_context(watch).status_code == 200
+        refused = server.http.get(FEED, headers=bearer(CAROL))
+        assert refused.status_code == 429
+        assert "'carol' watches 4 times already" in refused.json()["error"]["message"]
+        with server.http.stream("GET", FEED, headers=bearer(BOB)) as other:
+            assert other.status_code == 200
 
 
 def test_whose_a_request_is(server: RunningServer, engine: Engine) -> None:

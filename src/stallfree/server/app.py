@@ -83,9 +83,11 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         for path, endpoint in routes.items():
             limited.add_api_route(path, endpoint, methods=[method], **documented(path))
     protected.include_router(limited)
-    add_dashboard(app, protected)
-    observability.add_to(app, protected)
-    app.include_router(protected)
+    watching = APIRouter(dependencies=key_check(service.keys, watches=True))
+    add_dashboard(app, watching)
+    observability.add_to(app, watching)
+    for router in (protected, watching):
+        app.include_router(router)
     complete(app.openapi())
     return app
 

@@ -47,11 +47,11 @@ class Observability:
         watchers.append(log_request)  # after tracing, whose id it has
         self.notes = RequestNotes(service.engine.now, settings.log_prompts, watchers)
 
-    def add_to(self, app: FastAPI, protected: APIRouter) -> None:
+    def add_to(self, app: FastAPI, watching: APIRouter) -> None:
         """Add the routes, and the middleware, which must be outside of all other."""
-        protected.add_api_route("/metrics", self._metrics.show, methods=["GET"])
+        watching.add_api_route("/metrics", self._metrics.show, methods=["GET"])
         record = self._trace.record
-        protected.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
+        watching.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
         app.add_middleware(RequestIds, notes=self.notes)
 
     def close(self) -> None:
