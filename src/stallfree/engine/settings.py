@@ -192,8 +192,9 @@ class ServerSettings(LimitSettings):
     api_key: Annotated[
         str | None,
         Flag(
-            "Key that requests must carry as a bearer token. Prefer the environment variable: "
-            "a command line is visible to other users.",
+            "Key that requests must carry as a bearer token; all but /health, /version, what "
+            "describes the API (/docs, /redoc, /openapi.json) and the files of /dashboard. Prefer "
+            "the environment variable: a command line is visible to other users.",
             "KEY",
             unset="no key",
             variable=API_KEY_VARIABLE,
