@@ -50,6 +50,7 @@ def test_help_lists_the_engine_flags_with_units_and_defaults(command: str) -> No
     [
         (["serve", "--scheduler", "sarthi"], "scheduler is 'sarthi'; it must be one of sarathi"),
         (["serve", "--kv-cache-memory", "much"], "'much' is not an amount of memory"),
+        (["serve", "--drain-timeout", "1h"], "'1h' is not a time; write it as 200ms or 0.2s"),
         (["serve", "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["serve", "--config", "none.yaml"], "none.yaml cannot be read: No such file"),
         (["generate", "m", "prompt", "--top-p", "2"], "the flags: top_p is 2.0"),

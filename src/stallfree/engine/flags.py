@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -191,6 +192,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError if a value is not one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_file(name: str, path: Path | None) -> None:
+    """Raise ConfigError if a path is given and is not that of a regular file; says why."""
+    if path is None:
+        return
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "there is no such file"
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror}"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file"
+    raise ConfigError(f"{name} is {path}; {reason}")
 
 
 def check_range(name: str, value: float | None, low: float, high: float | None = None) -> None:

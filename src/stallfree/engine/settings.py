@@ -18,9 +18,11 @@ from stallfree.engine.caching_settings import CachingSettings
 from stallfree.engine.flags import (
     Flag,
     check_choice,
+    check_file,
     check_range,
     check_types,
     parse_bytes,
+    parse_duration,
 )
 from stallfree.engine.limit_settings import LimitSettings
 from stallfree.errors import ConfigError
@@ -223,8 +225,9 @@ class ServerSettings(LimitSettings):
         float,
         Flag(
             "How long running requests may go on after Ctrl-C or SIGTERM.",
-            "SECONDS",
+            "TIME",
             name="drain_timeout",
+            parse=parse_duration,
             panel="Server",
         ),
     ] = 30.0
@@ -239,6 +242,5 @@ class ServerSettings(LimitSettings):
             raise ConfigError("api_key must be ASCII and not blank; leave it out to need none")
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError("served_model_name is empty; leave it out to use the model's own")
-        if self.chat_template is not None and not self.chat_template.is_file():
-            raise ConfigError(f"chat_template is {self.chat_template}; there is no such file")
+        check_file("chat_template", self.chat_template)
         check_range("drain_timeout_s", self.drain_timeout_s, 0)
