@@ -69,6 +69,15 @@ def test_a_wrong_setting_is_one_line_and_code_2(arguments: list[str], message: s
     assert finished.stderr.count("\n") == 1
 
 
+def test_an_empty_key_opens_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STALLFREE_API_KEY", "")
+    finished = run("serve", "no-such-model", "--port", "0")
+    assert finished.returncode == 2
+    assert finished.stderr == "stallfree: STALLFREE_API_KEY is empty; unset it to need no key\n"
+    finished = run("serve", "no-such-model", "--port", "0", "--api-key", "a-key")
+    assert "no-such-model" in finished.stderr
+
+
 @pytest.mark.parametrize("arguments", [["serve", "--port", "many"], ["serve", "--no-such-flag"]])
 def test_a_wrong_flag_is_code_2(arguments: list[str]) -> None:
     finished = run(*arguments)

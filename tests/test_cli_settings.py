@@ -111,6 +111,19 @@ def test_more_threads_than_cpus_is_noted() -> None:
     assert f"threads is {available_cpus() + 1}" in note
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_a_server_for_this_machine_needs_no_key(host: str) -> None:
+    assert ServerSettings(host=host).notes == ()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_a_server_for_all_without_a_key_is_noted(host: str) -> None:
+    (note,) = ServerSettings(host=host).notes
+    assert f"host is {host} and there is no key" in note
+    assert ServerSettings(host=host, api_key="secret").notes == ()
+    assert ServerSettings(host=host, api_keys_file=Path(__file__)).notes == ()
+
+
 @pytest.mark.parametrize("settings_class", SETTINGS_CLASSES)
 def test_every_setting_explains_itself(settings_class: type) -> None:
     for setting in settings_of(settings_class):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -244,3 +245,18 @@ class ServerSettings(LimitSettings):
             raise ConfigError("served_model_name is empty; leave it out to use the model's own")
         check_file("chat_template", self.chat_template)
         check_range("drain_timeout_s", self.drain_timeout_s, 0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is allowed but probably not meant, one sentence each."""
+        if self.api_key is not None or self.api_keys_file is not None or _is_local(self.host):
+            return ()
+        return (f"host is {self.host} and there is no key: all who reach it may use this server",)
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address; a name other than `localhost` may be any."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
