@@ -54,7 +54,9 @@ class SafetensorsFile:
             with safe_open(path, framework="pt"):
                 length = int.from_bytes(self._bytes.read(0, _LENGTH_BYTES).tobytes(), "little")
                 header = json.loads(self._bytes.read(_LENGTH_BYTES, length).tobytes())
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        except OSError as error:
+            raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, RuntimeError, ValueError) as error:
             raise WeightFileError(
                 f"{path} is not a usable safetensors file: {error}; it may be truncated or corrupt"
             ) from None
