@@ -45,6 +45,12 @@ def test_help_lists_the_engine_flags_with_units_and_defaults(command: str) -> No
         assert flag in finished.stdout
 
 
+def test_help_has_defaults_with_their_units() -> None:
+    shown = " ".join(run("serve", "--help").stdout.replace("│", " ").split())
+    for default in ("[default: 1MiB]", "[default: 30s]", "[default: 1000]"):
+        assert default in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

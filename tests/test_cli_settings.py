@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stallfree.cli.options import SETTINGS_CLASSES
-from stallfree.engine.flags import parse_bytes, settings_of
+from stallfree.engine.flags import parse_bytes, parse_duration, settings_of, written
 from stallfree.engine.settings import EngineSettings, ServerSettings, available_cpus
 from stallfree.errors import ConfigError
 
@@ -129,6 +129,23 @@ def test_every_setting_explains_itself(settings_class: type) -> None:
     for setting in settings_of(settings_class):
         assert setting.flag.help.endswith((".", "..."))
         assert not setting.optional or setting.flag.unset, f"{setting.name}: what is its default?"
+
+
+@pytest.mark.parametrize("settings_class", SETTINGS_CLASSES)
+def test_a_default_is_written_as_it_is_read(settings_class: type) -> None:
+    for setting in settings_of(settings_class):
+        text = written(setting.default, setting.flag.parse)
+        if isinstance(text, str):
+            assert setting.read(text) == setting.default
+
+
+def test_values_are_written_with_their_units() -> None:
+    sizes = (1 << 20, 16 << 10, 3 << 30, 1000, 0)
+    assert [written(size, parse_bytes) for size in sizes] == ["1MiB", "16KiB", "3GiB", 1000, 0]
+    times = (10.0, 0.2, 1.5, 0)
+    assert [written(each, parse_duration) for each in times] == ["10s", "200ms", "1.5s", "0s"]
+    assert written(10.0, None) == 10.0
+    assert written(None, parse_bytes) is None
 
 
 def test_settings_of_one_name_are_read_alike() -> None:

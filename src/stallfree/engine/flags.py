@@ -188,6 +188,17 @@ def parse_duration(text: str) -> float:
     return float(number) / (1000 if (unit or "").lower() == "ms" else 1)
 
 
+def written(value: object, parse: Callable[[str], object] | None) -> object:
+    """A value as a user would write it for `parse` to read: with a unit, where it has one."""
+    if parse is parse_duration and isinstance(value, int | float):
+        return f"{value:g}s" if value >= 1 or not value else f"{value * 1000:g}ms"
+    if parse is parse_bytes and isinstance(value, int):
+        for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+            if value and value % (1 << exponent) == 0:
+                return f"{value >> exponent}{unit}"
+    return value
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError if a value is not one of `choices`."""
     if value not in choices:
