@@ -43,7 +43,13 @@ $(READY): pyproject.toml constraints.txt
 	    "$$($(PYTHON) --version 2>&1). Name another one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing $(TORCH)"
-	@$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@said=$$(mktemp -d) || exit; trap 'rm -r "$$said"' EXIT; \
+	$(PIP) '$(TORCH)' 2>"$$said/own" || \
+	$(PIP) --extra-index-url $(TORCH_INDEX) '$(TORCH)' 2>"$$said/extra" || { \
+	  echo "$(TORCH) cannot be installed. Of pip as it is configured:"; tail -n 3 "$$said/own"; \
+	  echo "With $(TORCH_INDEX) beside it:"; tail -n 3 "$$said/extra"; \
+	  echo "Name another index, or another PyTorch: make setup TORCH_INDEX=URL TORCH=torch==2.13.0"; \
+	  exit 1; } >&2
 	@echo "Installing stallfree, the demo model (0.5 GB) and the test tools"
 	@$(PIP) --editable '.[demo,bench,test]'
 	@touch $@

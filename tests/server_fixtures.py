@@ -85,7 +85,7 @@ def serve(engine: Engine | ReplicatedEngine, **settings: Any) -> Iterator[Runnin
         urls.append(url)
         ready.set()
 
-    server = ApiServer(app, app.state.service, server_settings, on_ready)
+    server = ApiServer(app, app.state.service, app.state.notes, server_settings, on_ready)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
     thread.start()
     assert ready.wait(START_TIMEOUT_S)

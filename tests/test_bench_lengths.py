@@ -170,8 +170,15 @@ def test_a_trace_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "there is no column num_prefill_tokens"),
-        ("num_prefill_tokens\n1\n", "there is no column num_decode_tokens"),
+        ("", "there is no column num_prefill_tokens and none num_decode_tokens; .* has no columns"),
+        (
+            "num_prefill_tokens,time\n1,2\n",
+            r"no column num_decode_tokens; a trace has .* arrived_at; .* num_prefill_tokens, time$",
+        ),
+        (
+            ",".join(["x" * 99, *map(str, range(25))]),
+            "this file has x{60}, 0, 1, .*, 18 and 6 more$",
+        ),
         (f"{HEADER}\n", "holds no requests"),
         (f"{HEADER}\n1,2\n3\n", "line 3: num_decode_tokens is None; it must be a whole number"),
         (f"{HEADER}\n1,2\n3,x\n", "line 3: num_decode_tokens is 'x'"),

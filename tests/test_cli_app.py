@@ -45,11 +45,18 @@ def test_help_lists_the_engine_flags_with_units_and_defaults(command: str) -> No
         assert flag in finished.stdout
 
 
+def test_help_has_defaults_with_their_units() -> None:
+    shown = " ".join(run("serve", "--help").stdout.replace("│", " ").split())
+    for default in ("[default: 1MiB]", "[default: 30s]", "[default: 1000]"):
+        assert default in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["serve", "--scheduler", "sarthi"], "scheduler is 'sarthi'; it must be one of sarathi"),
         (["serve", "--kv-cache-memory", "much"], "'much' is not an amount of memory"),
+        (["serve", "--drain-timeout", "1h"], "'1h' is not a time; write it as 200ms or 0.2s"),
         (["serve", "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["serve", "--config", "none.yaml"], "none.yaml cannot be read: No such file"),
         (["generate", "m", "prompt", "--top-p", "2"], "the flags: top_p is 2.0"),
@@ -66,6 +73,15 @@ def test_a_wrong_setting_is_one_line_and_code_2(arguments: list[str], message: s
     assert finished.stderr.startswith("stallfree: ")
     assert message in finished.stderr
     assert finished.stderr.count("\n") == 1
+
+
+def test_an_empty_key_opens_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STALLFREE_API_KEY", "")
+    finished = run("serve", "no-such-model", "--port", "0")
+    assert finished.returncode == 2
+    assert finished.stderr == "stallfree: STALLFREE_API_KEY is empty; unset it to need no key\n"
+    finished = run("serve", "no-such-model", "--port", "0", "--api-key", "a-key")
+    assert "no-such-model" in finished.stderr
 
 
 @pytest.mark.parametrize("arguments", [["serve", "--port", "many"], ["serve", "--no-such-flag"]])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stallfree.cli.options import SETTINGS_CLASSES
-from stallfree.engine.flags import parse_bytes, settings_of
+from stallfree.engine.flags import parse_bytes, parse_duration, settings_of, written
 from stallfree.engine.settings import EngineSettings, ServerSettings, available_cpus
 from stallfree.errors import ConfigError
 
@@ -74,6 +74,11 @@ def test_engine_settings_refuse(fields: dict[str, Any], message: str) -> None:
         ({"api_key": "schlüssel"}, "api_key must be ASCII"),
         ({"served_model_name": ""}, "served_model_name is empty"),
         ({"chat_template": Path("missing.jinja")}, "chat_template is missing.jinja; there is no"),
+        ({"chat_template": Path("/")}, "chat_template is /; it is a folder"),
+        ({"api_keys_file": Path("missing")}, "api_keys_file is missing; there is no such file"),
+        ({"api_keys_file": Path("/dev/null")}, "api_keys_file is /dev/null; it is not a regular"),
+        ({"tls_key": Path(__file__) / "x"}, f"tls_key is {__file__}/x; there is no such file"),
+        ({"tls_cert": Path("x" * 999)}, f"tls_cert is {'x' * 999}; it cannot be read: File name"),
         ({"drain_timeout_s": -0.1}, "drain_timeout_s is -0.1; it must be at least 0"),
         ({"drain_timeout_s": float("nan")}, "drain_timeout_s is nan; it must be finite"),
     ],
@@ -106,11 +111,41 @@ def test_more_threads_than_cpus_is_noted() -> None:
     assert f"threads is {available_cpus() + 1}" in note
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_a_server_for_this_machine_needs_no_key(host: str) -> None:
+    assert ServerSettings(host=host).notes == ()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_a_server_for_all_without_a_key_is_noted(host: str) -> None:
+    (note,) = ServerSettings(host=host).notes
+    assert f"host is {host} and there is no key" in note
+    assert ServerSettings(host=host, api_key="secret").notes == ()
+    assert ServerSettings(host=host, api_keys_file=Path(__file__)).notes == ()
+
+
 @pytest.mark.parametrize("settings_class", SETTINGS_CLASSES)
 def test_every_setting_explains_itself(settings_class: type) -> None:
     for setting in settings_of(settings_class):
         assert setting.flag.help.endswith((".", "..."))
         assert not setting.optional or setting.flag.unset, f"{setting.name}: what is its default?"
+
+
+@pytest.mark.parametrize("settings_class", SETTINGS_CLASSES)
+def test_a_default_is_written_as_it_is_read(settings_class: type) -> None:
+    for setting in settings_of(settings_class):
+        text = written(setting.default, setting.flag.parse)
+        if isinstance(text, str):
+            assert setting.read(text) == setting.default
+
+
+def test_values_are_written_with_their_units() -> None:
+    sizes = (1 << 20, 16 << 10, 3 << 30, 1000, 0)
+    assert [written(size, parse_bytes) for size in sizes] == ["1MiB", "16KiB", "3GiB", 1000, 0]
+    times = (10.0, 0.2, 1.5, 0)
+    assert [written(each, parse_duration) for each in times] == ["10s", "200ms", "1.5s", "0s"]
+    assert written(10.0, None) == 10.0
+    assert written(None, parse_bytes) is None
 
 
 def test_settings_of_one_name_are_read_alike() -> None:

@@ -180,6 +180,39 @@ def test_other_lengths_are_refused(server: RunningServer, seconds: str) -> None:
     assert "from 1 to 60" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"json": {"seconds": 1}}, "there is a body, which has no meaning here"),
+        ({"content": b"x", "params": {"seconds": "1"}}, "there is a body"),
+        ({"content": iter([b"", b"x"])}, "there is a body"),
+        ({"params": {"second": "1"}}, "there is no parameter 'second'"),
+        ({"params": {"seconds": "1", "x": "y" * 99}}, "there is no parameter 'x'"),
+    ],
+)
+def test_what_it_does_not_understand_is_refused(
+    server: RunningServer, asked: dict[str, Any], said: str
+) -> None:
+    response = server.http.post(PATH, **asked)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert said in message
+    assert "one parameter, in the address: /debug/trace?seconds=5" in message
+    assert not recorder_in(server).is_recording
+
+
+def test_an_empty_body_is_none(server: RunningServer) -> None:
+    response = server.http.post(PATH, params={"seconds": "1"}, content=b"")
+    assert response.status_code == 200
+
+
+def test_what_it_takes_is_in_the_document(server: RunningServer) -> None:
+    operation = server.http.get("/openapi.json").json()["paths"][PATH]["post"]
+    assert [each["name"] for each in operation["parameters"]] == ["seconds"]
+    assert "requestBody" not in operation
+    assert {"200", "400", "409"} <= set(operation["responses"])
+
+
 def test_one_at_a_time_and_none_for_who_left(server: RunningServer) -> None:
     recorder = recorder_in(server)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from stallfree.model.int8 import is_supported
 
 SOURCE = Path(__file__).parent.parent / "src" / "stallfree"
 INT8 = ("--dtype", "int8", "--threads", "1", "--max-model-len", "256")
+STAGES = ("--pipeline-parallel-size", "2")
 needs_int8 = pytest.mark.skipif(not is_supported(), reason="this processor cannot run int8 models")
 
 
@@ -123,6 +125,7 @@ def test_the_disk_fills_while_iterations_are_noted(model: Path, disk: Path) -> N
         seconds_until(lambda: path.stat().st_size > size)
         own.check_nothing_left(before)
         assert stop(own) == 0
+        assert own.log.count("cannot be written (No space left on device)") == 1
     rows = [line.split(",") for line in path.read_text().splitlines()]
     assert rows[0] == list(COLUMNS)
     assert all(len(row) == len(COLUMNS) for row in rows)
@@ -136,14 +139,53 @@ def test_the_disk_fills_while_iterations_are_noted(model: Path, disk: Path) -> N
     )
 
 
-def test_no_room_for_the_iteration_file_at_the_start(model: Path, tmp_path: Path) -> None:
+def test_the_disk_fills_while_stages_are_traced(model: Path, disk: Path) -> None:
+    path = disk / "trace.json"
+    with server(model, "--trace-file", str(path), *STAGES) as own:
+        expected = own.text(max_tokens=20)
+        filler = fill(disk)
+        for _ in range(3):  # what is left of the file's last page is filled first
+            assert own.text(max_tokens=100)[: len(expected)] == expected
+        size = path.stat().st_size
+        assert own.text(max_tokens=20) == expected
+        assert path.stat().st_size - size < 256
+        filler.unlink()
+        assert own.text(max_tokens=20) == expected
+        seconds_until(lambda: path.stat().st_size > size + 256)
+        assert stop(own) == 0
+        assert own.log.count("cannot be written (No space left on device)") == 1
+        assert "Traceback" not in own.log
+    *bars, end = json.loads(path.read_text())
+    assert end == {}
+    assert {bar["tid"] for bar in bars} == {0, 1}
+    note(
+        "the disk of the trace of stages fills",
+        seen="nothing",
+        healthy=0.0,
+        lost="bars of the trace, while there is no room",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--iteration-file", "/dev/full"), "/dev/full cannot be written: No space left on device"),
+        (
+            ("--trace-file", "/dev/full", *STAGES),
+            "trace_file is /dev/full: No space left on device",
+        ),
+    ],
+)
+def test_no_room_at_the_start(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
     log = tmp_path / "log.txt"
-    process = start(model, "--iteration-file", "/dev/full", log=log)
+    process = start(model, *flags, log=log)
     assert process.wait(60) == 2
-    assert "/dev/full cannot be written: No space left on device" in log.read_text()
+    assert said in log.read_text()
     assert "Traceback" not in log.read_text()
     seen = "no server: exit code 2, and what cannot be written"
-    note("the iteration file is on a full disk at the start", seen=seen, healthy="a restart")
+    note(f"{flags[0]} is on a full disk at the start", seen=seen, healthy="a restart")
 
 
 @pytest.mark.timeout(1200)
@@ -215,3 +257,54 @@ def test_only_what_people_read_is_told_by_the_time_of_day() -> None:
         ("bench/client.py", "began = datetime.now(UTC)"),  # when a report is from
         ("model/int8_cache.py", "started = time.time_ns()"),  # compared with times of files
     }
+
+
+CUT = """
+import os
+from stallfree.cli import main
+from stallfree.model.gguf import GgufWeights
+from stallfree.model.weights import SafetensorsWeights
+
+def cutting(read):
+    def tensor(self, name):
+        for file in self.opened:
+            if file.suffix != ".json":
+                os.truncate(file, 4096)
+        return read(self, name)
+    return tensor
+
+for kind in (GgufWeights, SafetensorsWeights):
+    kind.tensor = cutting(kind.tensor)
+main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["float32", pytest.param("int8", marks=needs_int8), "gguf"])
+def test_the_model_is_cut_short_while_it_is_loaded(tmp_path: Path, kind: str) -> None:
+    """Between two tensors, or in the middle of one, it is all the same."""
+    model = tmp_path / "tiny.gguf"
+    if kind == "gguf":
+        write_gguf(model, "qwen2", extra=byte_level_vocabulary())
+    else:
+        model = model_in(tmp_path)
+    script = tmp_path / "cut.py"
+    script.write_text(CUT)
+    engine = INT8 if kind == "int8" else ENGINE
+    done = subprocess.run(
+        [sys.executable, str(script), "serve", str(model), "--port", "0", *engine],
+        env={**os.environ, "STALLFREE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr  # and not ended by SIGBUS
+    name = model.name if kind == "gguf" else "model.safetensors"
+    assert f"{name} has 4,096 bytes and had" in done.stderr
+    assert "was cut short meanwhile" in done.stderr
+    assert "Traceback" not in done.stderr
+    if kind == "float32":
+        seen = "no server: exit code 1, and which file it is"
+        note(
+            "the model's files are cut short while they are loaded", seen=seen, healthy="a restart"
+        )

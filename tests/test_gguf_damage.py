@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import time
@@ -14,6 +15,7 @@ import pytest
 from tiny_models import byte_level_vocabulary, write_gguf
 
 from stallfree.errors import ModelError, WeightFileError
+from stallfree.model import gguf_header
 from stallfree.model.gguf import GgufWeights
 from stallfree.model.gguf_header import read_header
 
@@ -128,6 +130,34 @@ def test_strings_longer_than_the_file(path: Path) -> None:
         path.write_bytes(data[:position] + struct.pack("<Q", value) + data[position + 8 :])
         with pytest.raises(WeightFileError):
             read_header(path)
+
+
+def read_all(weights: GgufWeights) -> None:
+    for name in weights.names():
+        weights.tensor(name)
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened(path: Path) -> None:
+    write_gguf(path)
+    weights = GgufWeights(path)
+    os.truncate(path, 1000)
+    with pytest.raises(WeightFileError, match=rf"{path} has 1,000 bytes and had .* cut short"):
+        read_all(weights)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 4096])
+def test_a_header_is_read_in_pieces(
+    path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    write_gguf(path, extra=byte_level_vocabulary())
+    expected = read_header(path)
+    monkeypatch.setattr(gguf_header, "_PIECE_BYTES", piece_bytes)
+    header = read_header(path)
+    assert header.tensors == expected.tensors
+    assert header.metadata.keys() == expected.metadata.keys()
+    name = "tokenizer.ggml.tokens"
+    assert header.strings(name) == expected.strings(name)
+    assert len(header.strings(name, {3, 5})) == 2
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

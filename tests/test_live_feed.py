@@ -162,10 +162,10 @@ def test_a_watcher_that_reads_slowly_is_told_what_it_lost(engine: Engine) -> Non
         return event
 
     async def watch() -> None:
-        events: AsyncGenerator[bytes, None] = feed.events()
+        events: AsyncGenerator[bytes, None] = feed.events("alice")
         snapshot = parsed(await anext(events))
         assert (snapshot["type"], snapshot["next"], snapshot["requests"]) == ("snapshot", 0, [])
-        assert feed.num_watchers == 1
+        assert feed.watchers == {"alice": 1}
         while feed.live.history.count < 2 * size:
             engine.add("again", PROMPT, GREEDY)
             run(engine)
@@ -174,6 +174,6 @@ def test_a_watcher_that_reads_slowly_is_told_what_it_lost(engine: Engine) -> Non
         assert (event["first"], event["lost"]) == (count - size + 1, count - size + 1)
         assert len(event["records"]) == size - 1
         await events.aclose()
-        assert feed.num_watchers == 0
+        assert feed.watchers.total() == 0
 
     asyncio.run(watch())

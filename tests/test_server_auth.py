@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from fastapi import APIRouter, FastAPI
 from openai import AuthenticationError
 from server_fixtures import MODEL, RunningServer, serve, tiny_engine
+from starlette.routing import Route
 
 KEY = "a-very-secret-key"
 PROTECTED = [
@@ -17,6 +19,14 @@ PROTECTED = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 ]
+OPEN = {
+    "/health",
+    "/version",
+    "/openapi.json",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +75,31 @@ def test_taken_with_the_key(server: RunningServer) -> None:
         assert server.http.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_health_and_version_need_no_key(server: RunningServer) -> None:
-    assert server.http.get("/health").status_code == 200
-    assert server.http.get("/version").status_code == 200
+def routes_of(router: FastAPI | APIRouter) -> Iterator[Route]:
+    """All routes; newer versions of FastAPI keep those of a router that is included in it."""
+    for each in router.routes:
+        if isinstance(each, Route):
+            yield each
+        else:
+            yield from routes_of(vars(each)["original_router"])
+
+
+def test_every_route_needs_the_key_but_those_that_tell_nothing_of_requests(
+    server: RunningServer,
+) -> None:
+    app = server.server.config.app
+    assert isinstance(app, FastAPI)
+    found = {(method, each.path) for each in routes_of(app) for method in each.methods or ()}
+    found = {(method, path) for method, path in found if method != "HEAD"}
+    assert {("GET", "/metrics"), ("POST", "/debug/trace"), ("GET", "/dashboard/feed")} <= found
+    is_open = {
+        path: server.http.request(method, path.replace("{model_id:path}", MODEL)).status_code == 200
+        for method, path in found
+    }
+    page = {path for path in is_open if path.startswith("/dashboard") and "feed" not in path}
+    assert len(page) > 2
+    assert {path for path in is_open if is_open[path]} == {*OPEN, *page}
+    for method, path in found:
+        if not is_open[path]:
+            answer = server.http.request(method, path.replace("{model_id:path}", MODEL))
+            assert answer.status_code == 401, path

@@ -6,23 +6,27 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hostile_clients import server_process
+from hostile_clients import RawClient, server_process
 from server_fixtures import IDLE_HEALTH, MODEL, RunningServer, serve, tiny_engine, wait_until
 from tiny import save_tiny_model
 
 from stallfree.engine.engine import Engine
 from stallfree.engine.settings import ServerSettings
-from stallfree.errors import ConfigError, OverloadedError
+from stallfree.errors import ConfigError, InvalidRequestError, OverloadedError
+from stallfree.server.dashboard import MAX_WATCHERS_OF_A_KEY
 from stallfree.server.keys import Keyring, read_keys
 from stallfree.server.protocol import CompletionRequest, parse
+from stallfree.server.service import Service
 
 ALICE, BOB, CAROL = "alice-secret-1", "bob-secret-2", "carol-secret-3"
 COMPLETIONS = "/v1/completions"
+FEED = "/dashboard/feed"
 BODY: dict[str, Any] = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
 
 
@@ -256,6 +260,86 @@ def test_limits_of_a_key_are_its_own(server: RunningServer) -> None:
     wait_until(lambda: post(BOB).status_code == 200)
     assert post(BOB, n=0).status_code == 400
     assert post(BOB).status_code == 200
+
+
+REFUSED_FIRST: list[dict[str, Any]] = [
+    {"json": {**BODY, "prompt": "river " * 20_000}},
+    {"json": {**BODY, "prompt": [5] * 20_000}},
+    {"json": {**BODY, "model": "another", "n": 0}},
+    {"content": b"x" * (2 << 20)},
+    {"content": b"{"},
+    {"content": b"{}", "headers": {"Content-Type": "text/plain"}},
+]
+
+
+@pytest.mark.parametrize("asked", REFUSED_FIRST, ids=range(len(REFUSED_FIRST)))
+def test_a_key_and_its_limits_come_before_all_that_costs(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    """Whatever else is wrong with a request; and its text is not looked at."""
+
+    def status(key: str, path: str) -> int:
+        headers = {**asked.get("headers", {}), **bearer(key)}
+        answer = server.http.post(path, **{**asked, "headers": headers})
+        if answer.status_code == 429:
+            assert "'alice' may send 3 requests" in answer.json()["error"]["message"]
+        return answer.status_code
+
+    paths = (COMPLETIONS, "/v1/chat/completions", "/tokenize", "/detokenize")
+    good: dict[str, Any] = {"json": BODY, "headers": bearer(ALICE)}
+    assert [server.http.post(COMPLETIONS, **good).status_code for _ in range(3)] == [200] * 3
+
+    async def look(*_: object) -> None:
+        raise InvalidRequestError("it is looked at")
+
+    for name in ("prompt", "chat_prompt", "encode", "decode"):
+        monkeypatch.setattr(Service, name, look)
+    for path in paths:
+        assert status(ALICE, path) == 429
+        assert status("neither-of-them", path) == 401
+        assert status(BOB, path) in (400, 404, 413, 415)
+
+
+def test_nothing_is_read_for_a_key_over_its_limit(server: RunningServer) -> None:
+    for _ in range(3):
+        assert server.http.post(COMPLETIONS, json=BODY, headers=bearer(ALICE)).status_code == 200
+    with RawClient(server.url) as client:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\n"
+        client.send(f"{head}Content-Length: 100\r\nConnection: close\r\n\r\n".encode())
+        assert client.read_until(b"}").startswith(b"HTTP/1.1 429")
+
+
+def test_who_watches_takes_nothing_from_requests(server: RunningServer) -> None:
+    def status(key: str, path: str = "/metrics") -> int:
+        return server.http.get(path, headers=bearer(key)).status_code
+
+    def post(key: str) -> int:
+        return server.http.post(COMPLETIONS, json=BODY, headers=bearer(key)).status_code
+
+    with ExitStack() as stack:
+        for _ in range(2):  # more than bob may have of requests
+            watch = server.http.stream("GET", FEED, headers=bearer(BOB))
+            assert stack.enter_context(watch).status_code == 200
+        assert [post(BOB) for _ in range(2)] == [200] * 2
+        long = {**BODY, "max_tokens": 16_000, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=long, headers=bearer(BOB)) as answer:
+            next(answer.iter_lines())
+            assert post(BOB) == 429
+            assert status(BOB) == 200
+    assert [status(ALICE) for _ in range(4)] == [200, 200, 200, 429]  # as often as her rate
+    assert [post(ALICE) for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_one_key_does_not_take_all_places_of_those_who_watch(server: RunningServer) -> None:
+    with ExitStack() as stack:
+        for _ in range(MAX_WATCHERS_OF_A_KEY):
+            watch = server.http.stream("GET", FEED, headers=bearer(CAROL))
+            assert stack.enter_context(watch).status_code == 200
+        refused = server.http.get(FEED, headers=bearer(CAROL))
+        assert refused.status_code == 429
+        assert "'carol' watches 4 times already" in refused.json()["error"]["message"]
+        with server.http.stream("GET", FEED, headers=bearer(BOB)) as other:
+            assert other.status_code == 200
 
 
 def test_whose_a_request_is(server: RunningServer, engine: Engine) -> None:

@@ -102,6 +102,15 @@ def test_just_within_the_limits(server: RunningServer) -> None:
         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("server", [{"max_prompt_tokens": 30}], indirect=True)
+def test_the_narrower_of_two_limits_is_named(server: RunningServer) -> None:
+    """Of token ids that neither the server nor the context would take."""
+    answer = server.post(COMPLETIONS, {"model": MODEL, "prompt": [5] * 20_000})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message == "the prompt has 20000 tokens; the limit of this server is 30"
+
+
 @with_limits
 def test_the_body(server: RunningServer) -> None:
     answer = server.post(COMPLETIONS, {"model": MODEL, "prompt": "x" * 2000})

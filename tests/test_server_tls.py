@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from server_fixtures import MODEL, TIMEOUT_S, RunningServer, serve, tiny_engine,
 from stallfree.engine.engine import Engine
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
+from stallfree.server.connection import MAX_LINGERING
 from stallfree.server.lifecycle import check_start
 
 COMPLETIONS = "/v1/completions"
@@ -99,6 +101,68 @@ def test_handshakes_that_never_end(server: RunningServer, client: httpx.Client) 
         for raw in idle:
             assert raw.read_to_end() == b""
     assert client.get("/health").status_code == 200
+
+
+MAX_CONNECTIONS = 4
+
+
+def test_handshakes_count_as_connections(
+    engine: Engine, certificate: tuple[Path, Path], context: ssl.SSLContext
+) -> None:
+    """One of a few too many is told so, once it can be; many too many are closed unheard."""
+    cert, key = certificate
+    limits: dict[str, Any] = {"max_connections": MAX_CONNECTIONS, "header_timeout_s": 60.0}
+    with (
+        ExitStack() as lasting,
+        serve(engine, tls_cert=cert, tls_key=key, **limits) as running,
+        ExitStack() as stack,
+    ):
+        plain = running.url.replace("https", "http")
+        state, handshakes = running.server.server_state, running.server._handshakes
+        assert handshakes is not None
+        for _ in range(MAX_CONNECTIONS):
+            stack.enter_context(RawClient(plain))
+        wait_until(lambda: len(handshakes) == MAX_CONNECTIONS)
+        with RawClient(running.url, tls=context) as one_more:
+            answer = one_more.answer()
+        assert answer.status == 429
+        assert "4 connections are open; the limit is 4" in answer.error()["message"]
+        wait_until(lambda: not state.connections)
+        for _ in range(MAX_LINGERING):
+            stack.enter_context(RawClient(plain))
+        wait_until(lambda: len(handshakes) == MAX_CONNECTIONS + MAX_LINGERING)
+        for _ in range(3):
+            with RawClient(plain) as unheard:
+                assert unheard.read_to_end() == b""
+        assert len(handshakes) == MAX_CONNECTIONS + MAX_LINGERING
+        stack.close()
+        wait_until(lambda: len(handshakes) == 0)
+        with RawClient(running.url, tls=context) as again:
+            again.send(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert again.answer().status == 200
+        lasting.enter_context(RawClient(plain))  # keeps the server from nothing, not from ending
+        wait_until(lambda: len(handshakes) == 1)
+
+
+def test_a_request_right_behind_the_handshake(
+    server: RunningServer, certificate: tuple[Path, Path]
+) -> None:
+    """Its bytes come in one piece with the end of the handshake, before there is a connection."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    tls = trusting.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with RawClient(server.url.replace("https", "http")) as raw:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                raw.send(outgoing.read())
+                incoming.write(raw.socket.recv(1 << 16))
+        tls.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        raw.send(outgoing.read())
+        incoming.write(raw.read_to_end())
+        assert tls.read(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_plain_http_is_not_taken(server: RunningServer, client: httpx.Client) -> None:

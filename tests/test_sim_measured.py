@@ -53,9 +53,11 @@ def test_several_chunks_have_products_instead_of_a_start(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("decodes\n1\n", "seconds"),
+        ("decodes,x\n1,2\n", "a column seconds, and prefill_tokens or decodes; there may be"),
+        ("decodes,x\n1,2\n", "; this file has decodes, x"),
+        ("", "this file has no columns"),
         ("seconds\n1\n", "prefill_tokens or decodes"),
-        ("seconds,decodes,speed\n1,1,1\n", "speed"),
+        ("seconds,decodes,speed\n1,1,1\n", "unknown columns speed; known are decode_context, "),
         (HEAD + "1,0,0,0,fast\n", "line 2: seconds is 'fast'"),
         (HEAD + "1.5,0,0,0,1\n", "prefill_tokens is '1.5'"),
         (HEAD + "0,0,0,0,1\n", "holds something"),

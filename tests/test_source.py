@@ -99,6 +99,18 @@ def test_end_tokens_that_are_none(tmp_path: Path, value: Any) -> None:
         open_model(str(path))
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", [".", "model.safetensors", "config.json"])
+def test_what_may_not_be_read(folder: Path, name: str) -> None:
+    mode = (folder / name).stat().st_mode
+    (folder / name).chmod(0)
+    try:
+        with pytest.raises(ModelError, match=r"cannot be read: Permission denied"):
+            open_model(str(folder))
+    finally:
+        (folder / name).chmod(mode)
+
+
 def test_a_folder_without_a_configuration(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json$"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -171,3 +173,26 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
     with pytest.raises(ModelError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_a_file_that_is_cut_short_or_replaced_after_it_was_opened(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    weights = SafetensorsWeights(tmp_path)
+    path.rename(tmp_path / "old")
+    path.write_bytes(b"another")
+    assert all(torch.equal(weights.tensor(name), TENSORS[name]) for name in TENSORS)
+    os.truncate(tmp_path / "old", 100)
+    with pytest.raises(WeightFileError, match=rf"{path} has 100 bytes and had .* cut short"):
+        [weights.tensor(name) for name in TENSORS]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0), (700, 800)])
+def test_types_and_shapes(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(math.prod(shape)).remainder(97).to(dtype).reshape(shape)
+    save_file({"a": torch.ones(3), "b": tensor}, tmp_path / "model.safetensors")
+    read = SafetensorsWeights(tmp_path).tensor("b")
+    assert read.dtype == dtype
+    assert torch.equal(read, tensor)

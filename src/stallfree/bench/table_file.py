@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from stallfree.errors import ConfigError
+
+_MAX_LISTED = 20  # columns of a file that an error names
+_MAX_LISTED_CHARS = 60  # of each
 
 
 class TableRow(NamedTuple):
@@ -15,6 +18,15 @@ class TableRow(NamedTuple):
 
     line: int
     values: Mapping[str, str | None]
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Columns as an error tells of them, in their order; not all, if they are very many."""
+    if not columns:
+        return "no columns"
+    more = len(columns) - _MAX_LISTED
+    names = ", ".join(name[:_MAX_LISTED_CHARS] for name in columns[:_MAX_LISTED])
+    return f"{names} and {more} more" if more > 0 else names
 
 
 def read_table(path: Path) -> tuple[list[str], list[TableRow]]:

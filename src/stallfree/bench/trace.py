@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from stallfree.bench.table_file import read_table
+from stallfree.bench.table_file import listed, read_table
 from stallfree.errors import ConfigError
 
 _PROMPT, _OUTPUT, _TIME = "num_prefill_tokens", "num_decode_tokens", "arrived_at"
@@ -35,9 +35,12 @@ def read_trace(path: Path) -> list[TraceRow]:
             number or below 0; names the line.
     """
     columns, table = read_table(path)
-    for column in (_PROMPT, _OUTPUT):
-        if column not in columns:
-            raise ConfigError(f"{path}: there is no column {column}")
+    missing = [column for column in (_PROMPT, _OUTPUT) if column not in columns]
+    if missing:
+        raise ConfigError(
+            f"{path}: there is no column {' and none '.join(missing)}; a trace has {_PROMPT}, "
+            f"{_OUTPUT} and, if times are known, {_TIME}; this file has {listed(columns)}"
+        )
     rows = [_row(path, line, values, _TIME in columns) for line, values in table]
     if not rows:
         raise ConfigError(f"{path} holds no requests")

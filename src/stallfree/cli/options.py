@@ -21,7 +21,7 @@ from stallfree.cli.endpoint_options import EndpointSettings, SloSettings
 from stallfree.cli.sampling import SamplingSettings
 from stallfree.cli.system_options import SystemSettings
 from stallfree.cli.workload_options import WorkloadSettings
-from stallfree.engine.flags import Setting, settings_of
+from stallfree.engine.flags import Setting, settings_of, written
 from stallfree.engine.scheduling_settings import SchedulingSettings
 from stallfree.engine.settings import EngineSettings, ServerSettings
 
@@ -118,7 +118,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         is_on = setting.type is bool and setting.default  # and so needs a flag that turns it off
         off = f"/--no-{setting.option.removeprefix('--')}" if is_on else ""
         info = typer.Option(setting.option + off, **shown)
-    default = list(setting.default) if setting.type is tuple else setting.default
+    default = written(setting.default, flag.parse)  # is shown, and not read
+    default = list(setting.default) if setting.type is tuple else default
     return inspect.Parameter(
         setting.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
 import typer
 
-from stallfree.engine.settings import EngineSettings, ServerSettings
+from stallfree.engine.settings import API_KEY_VARIABLE, EngineSettings, ServerSettings
+from stallfree.errors import ConfigError
 
 if TYPE_CHECKING:
     from stallfree.engine.served import ServedEngine
@@ -24,6 +26,7 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
     from stallfree.server.observability import check_tracing
     from stallfree.server.request_log import configure_logging
 
+    _refuse_empty_key(server)
     configure_logging(server)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a server to take it
     check_start(server)
@@ -42,6 +45,13 @@ def serve(engine: EngineSettings, server: ServerSettings) -> None:
         on_ready=lambda url: print_summary(console, served.facts, engine, server, url),
     )
     raise typer.Exit(exit_code)
+
+
+def _refuse_empty_key(server: ServerSettings) -> None:
+    """Raise ConfigError if a key was meant: an empty variable does not open a server to all."""
+    has_key = server.api_key is not None or server.api_keys_file is not None
+    if not has_key and os.environ.get(API_KEY_VARIABLE) == "":
+        raise ConfigError(f"{API_KEY_VARIABLE} is empty; unset it to need no key")
 
 
 def _build(engine: EngineSettings, server: ServerSettings) -> ServedEngine:

@@ -22,7 +22,7 @@ def print_summary(
     console.print(f"\n[bold]stallfree[/] serves [bold]{escape(facts.model_name)}[/]\n")
     for label, text in _rows(facts, engine, server, url).items():
         console.print(f"  [cyan]{label:<9}[/] {escape(text)}", highlight=False, soft_wrap=True)
-    for note in engine.notes:
+    for note in (*engine.notes, *server.notes):
         console.print(f"  [yellow]Note[/]      {escape(note)}", highlight=False, soft_wrap=True)
     has_key = server.api_key is not None or server.api_keys_file is not None
     key = f" (with a key in ${API_KEY_VARIABLE})" if has_key else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -187,10 +188,38 @@ def parse_duration(text: str) -> float:
     return float(number) / (1000 if (unit or "").lower() == "ms" else 1)
 
 
+def written(value: object, parse: Callable[[str], object] | None) -> object:
+    """A value as a user would write it for `parse` to read: with a unit, where it has one."""
+    if parse is parse_duration and isinstance(value, int | float):
+        return f"{value:g}s" if value >= 1 or not value else f"{value * 1000:g}ms"
+    if parse is parse_bytes and isinstance(value, int):
+        for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+            if value and value % (1 << exponent) == 0:
+                return f"{value >> exponent}{unit}"
+    return value
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError if a value is not one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_file(name: str, path: Path | None) -> None:
+    """Raise ConfigError if a path is given and is not that of a regular file; says why."""
+    if path is None:
+        return
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "there is no such file"
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror}"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file"
+    raise ConfigError(f"{name} is {path}; {reason}")
 
 
 def check_range(name: str, value: float | None, low: float, high: float | None = None) -> None:

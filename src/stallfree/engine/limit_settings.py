@@ -13,7 +13,7 @@ from stallfree.core.sampling_params import (
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
 )
-from stallfree.engine.flags import Flag, check_range, parse_bytes, parse_duration
+from stallfree.engine.flags import Flag, check_file, check_range, parse_bytes, parse_duration
 from stallfree.engine.observability_settings import ObservabilitySettings
 from stallfree.errors import ConfigError
 
@@ -81,7 +81,11 @@ class LimitSettings(ObservabilitySettings):
     ] = MAX_STOP_STRING_CHARS
     max_connections: Annotated[
         int,
-        Flag("Most connections that are open.", "COUNT", panel=_LIMITS),
+        Flag(
+            "Most connections that are open, those in a TLS handshake included.",
+            "COUNT",
+            panel=_LIMITS,
+        ),
     ] = 1_000
     max_concurrent_requests: Annotated[
         int,
@@ -188,9 +192,7 @@ class LimitSettings(ObservabilitySettings):
 
     def _check_files(self) -> None:
         for name in ("api_keys_file", "tls_cert", "tls_key"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ConfigError(f"{name} is {path}; there is no such file")
+            check_file(name, getattr(self, name))
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("tls_cert", "tls_key")
             if self.tls_cert is None:

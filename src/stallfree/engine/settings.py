@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,11 @@ from stallfree.core.policies import POLICIES
 from stallfree.engine.flags import (
     Flag,
     check_choice,
+    check_file,
     check_range,
     check_types,
     parse_bytes,
+    parse_duration,
 )
 from stallfree.engine.limit_settings import LimitSettings
 from stallfree.engine.swap_settings import SwapSettings
@@ -192,8 +195,9 @@ class ServerSettings(LimitSettings):
     api_key: Annotated[
         str | None,
         Flag(
-            "Key that requests must carry as a bearer token. Prefer the environment variable: "
-            "a command line is visible to other users.",
+            "Key that requests must carry as a bearer token; all but /health, /version, what "
+            "describes the API (/docs, /redoc, /openapi.json) and the files of /dashboard. Prefer "
+            "the environment variable: a command line is visible to other users.",
             "KEY",
             unset="no key",
             variable=API_KEY_VARIABLE,
@@ -222,8 +226,9 @@ class ServerSettings(LimitSettings):
         float,
         Flag(
             "How long running requests may go on after Ctrl-C or SIGTERM.",
-            "SECONDS",
+            "TIME",
             name="drain_timeout",
+            parse=parse_duration,
             panel="Server",
         ),
     ] = 30.0
@@ -238,6 +243,20 @@ class ServerSettings(LimitSettings):
             raise ConfigError("api_key must be ASCII and not blank; leave it out to need none")
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError("served_model_name is empty; leave it out to use the model's own")
-        if self.chat_template is not None and not self.chat_template.is_file():
-            raise ConfigError(f"chat_template is {self.chat_template}; there is no such file")
+        check_file("chat_template", self.chat_template)
         check_range("drain_timeout_s", self.drain_timeout_s, 0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is allowed but probably not meant, one sentence each."""
+        if self.api_key is not None or self.api_keys_file is not None or _is_local(self.host):
+            return ()
+        return (f"host is {self.host} and there is no key: all who reach it may use this server",)
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address; a name other than `localhost` may be any."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from pathlib import Path
-from typing import TextIO
 
 from stallfree.core.batch import Batch
 from stallfree.core.bubbles import Bubble, StageUse, Work, bubble_between
 from stallfree.errors import ConfigError
+from stallfree.executor.line_file import LineFile
 from stallfree.executor.trace_event import bar
 
 _KEPT_GAPS = 64  # stretches without work that may still explain a gap
@@ -72,8 +72,7 @@ class StageLog:
     def close(self) -> None:
         """Finish the trace."""
         if self._file is not None:
-            self._file.write("{}]\n")
-            self._file.close()
+            self._file.add("{}]\n")
             self._file = None
 
     def _idled(self, stage: int, batch_id: int, since: float, until: float) -> None:
@@ -101,13 +100,11 @@ class StageLog:
         if self._file is None:
             return
         event = bar(name, stage, start_s, end_s, args)
-        self._file.write(json.dumps(event) + ",\n")
+        self._file.add(json.dumps(event) + ",\n")
 
 
-def _open(path: Path) -> TextIO:
+def _open(path: Path) -> LineFile:
     try:
-        file = path.open("w", encoding="utf-8", buffering=1)
+        return LineFile(path, "[\n")
     except OSError as error:
         raise ConfigError(f"trace_file is {path}: {error.strerror}") from error
-    file.write("[\n")
-    return file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,22 @@ def inlined(function: Callable[..., Any]) -> Any:
 def entry(function: Callable[..., Any]) -> Any:
     """As `compiled`, for what Python calls; its machine code is kept on disk, if there is room."""
     made = numba.njit(cache=True, **_OPTIONS)(function)
-    save = made._cache.save_overload  # Numba lets the error of a full disk end the call
+    _bear_faults(made._cache)
+    return made
+
+
+def _bear_faults(cache: Any) -> None:
+    """Go on without what is kept where it cannot be used: Numba lets such errors end the call."""
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_if_possible(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except Exception as error:  # whatever half a pickle raises
+            _log.warning("what is kept of a compiled kernel is damaged; it is made anew: %s", error)
+            with suppress(OSError):
+                cache.flush()
+            return None
 
     def save_if_possible(*arguments: Any) -> None:
         try:
@@ -72,5 +88,4 @@ def entry(function: Callable[..., Any]) -> Any:
         except OSError as error:
             _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)
 
-    made._cache.save_overload = save_if_possible
-    return made
+    cache.load_overload, cache.save_overload = load_if_possible, save_if_possible

@@ -190,8 +190,7 @@ class Decoder:
         return make_norm(self.config.norm, weight, bias, self.config.norm_eps)
 
     def _place(self, read: torch.Tensor) -> torch.Tensor:
-        # a copy, so that no file stays mapped: the process would die if one were cut short
-        placed = read.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
+        placed = read.to(device=self.device, dtype=self.dtype).contiguous()
         self.weight_bytes += placed.nbytes
         return placed
 

@@ -1,6 +1,6 @@
 """The weights of a GGUF file, under the names of Hugging Face models.
 
-The file is mapped, and a tensor is dequantized to float32 when it is asked for. Tokenizers are not
+A tensor is read, and dequantized to float32, when it is asked for. Tokenizers are not
 read here.
 """
 
@@ -85,7 +85,7 @@ class GgufWeights:
         """The tensor in float32.
 
         Raises:
-            WeightFileError: there is none of that name.
+            WeightFileError: there is none of that name, or it cannot be read any more.
         """
         info = self._infos.get(name)
         if info is None:

@@ -9,7 +9,6 @@ vocabulary of 150,000.) What the names mean is not known here.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from stallfree.errors import WeightFileError
+from stallfree.model.file_bytes import FileBytes
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_PIECE_BYTES = 1 << 20  # of the header, read at a time
 _MAX_HEADER_BYTES = 128 << 20  # the largest vocabularies need some 20 MB
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 18
@@ -52,10 +53,10 @@ T = TypeVar("T", int, float, bool, str)
 
 @dataclass(frozen=True, slots=True)
 class StringArray:
-    """Strings that stay in the file until they are read."""
+    """Strings that stay as they are in the file until they are asked for."""
 
     count: int
-    _buffer: mmap.mmap
+    _buffer: bytearray
     _start: int
 
     def read(self, indices: Container[int] | None = None) -> list[str]:
@@ -103,7 +104,7 @@ class GgufHeader:
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, TensorInfo]
-    _buffer: mmap.mmap
+    _file: FileBytes
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """The value of `key`, None if there is none.
@@ -155,12 +156,16 @@ class GgufHeader:
         return value
 
     def data(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
-        """The stored bytes of a tensor, mapped: `(num_bytes,)`, read-only."""
-        return np.frombuffer(self._buffer, np.uint8, info.num_bytes, info.offset)
+        """The stored bytes of a tensor: `(num_bytes,)`.
+
+        Raises:
+            WeightFileError: they cannot be read any more.
+        """
+        return self._file.read(info.offset, info.num_bytes)
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Map the file at `path` and read its header; no tensor data is read.
+    """Open the file at `path` and read its header; no tensor data is read.
 
     Raises:
         WeightFileError: it is not a GGUF file, cannot be read, or contradicts itself.
@@ -168,23 +173,23 @@ def read_header(path: Path) -> GgufHeader:
     try:
         if not path.is_file():
             raise WeightFileError(f"{path} is not a file")
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise WeightFileError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = FileBytes(path)
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read: {error.strerror}") from error
-    return _Parser(path, buffer).header()
+    if file.read(0, min(len(_MAGIC), file.size)).tobytes() != _MAGIC:
+        raise WeightFileError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
+    return _Parser(path, file).header()
 
 
 class _Parser:
     """Reads from the start of the file to the end of the tensor table."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: FileBytes) -> None:
         self._path = path
-        self._buffer = buffer
+        self._file = file
+        self._buffer = bytearray()  # the file so far
         self._position = len(_MAGIC)
-        self._limit = min(len(buffer), _MAX_HEADER_BYTES)
+        self._limit = min(file.size, _MAX_HEADER_BYTES)
 
     def header(self) -> GgufHeader:
         version = self._uint32()
@@ -201,7 +206,7 @@ class _Parser:
             metadata[key] = self._value(key)
         table = [self._tensor_info() for _ in range(num_tensors)]
         tensors = self._place(table, self._alignment(metadata))
-        return GgufHeader(self._path, metadata, tensors, self._buffer)
+        return GgufHeader(self._path, metadata, tensors, self._file)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise WeightFileError(f"{self._path} is not a usable GGUF file: {reason}")
@@ -210,13 +215,21 @@ class _Parser:
         """Step over `num_bytes`; where they start."""
         start = self._position
         if num_bytes > self._limit - start:
-            what = "file" if self._limit == len(self._buffer) else "largest header allowed"
+            what = "file" if self._limit == self._file.size else "largest header allowed"
             self._refuse(
                 f"{num_bytes:,} bytes are needed at {start:,}, "
                 f"beyond the {self._limit:,} bytes of the {what}"
             )
         self._position = start + num_bytes
+        self._read_to(self._position)
         return start
+
+    def _read_to(self, end: int) -> None:
+        """Have the buffer hold what is before `end`, which is within the limit."""
+        missing = end - len(self._buffer)
+        if missing > 0:
+            count = min(max(missing, _PIECE_BYTES), self._limit - len(self._buffer))
+            self._buffer += self._file.read(len(self._buffer), count).tobytes()
 
     def _uint32(self) -> int:
         return int(_UINT32.unpack_from(self._buffer, self._take(_UINT32.size))[0])
@@ -274,6 +287,8 @@ class _Parser:
         for _ in range(count):
             if position > limit:
                 break
+            if position + _UINT64.size > len(self._buffer):
+                self._read_to(position + _UINT64.size)
             position += _UINT64.size + length_at(self._buffer, position)[0]
         self._position = start
         self._take(position - start)
@@ -316,16 +331,16 @@ class _Parser:
             if info.offset % alignment or offset < end:
                 self._refuse(f"tensor {info.name!r} is misplaced: it starts at byte {offset:,}")
             end = offset + info.num_bytes
-            if end > len(self._buffer):
+            if end > self._file.size:
                 self._refuse(
                     f"tensor {info.name!r} ends at byte {end:,} and the file has "
-                    f"{len(self._buffer):,}: it is truncated"
+                    f"{self._file.size:,}: it is truncated"
                 )
             tensors[info.name] = TensorInfo(
                 info.name, info.shape, info.kind, offset, info.num_bytes
             )
-        if len(self._buffer) > _padded(end, alignment):
-            self._refuse(f"its tensors end at byte {end:,} and the file has {len(self._buffer):,}")
+        if self._file.size > _padded(end, alignment):
+            self._refuse(f"its tensors end at byte {end:,} and the file has {self._file.size:,}")
         return tensors
 
 

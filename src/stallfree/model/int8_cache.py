@@ -1,4 +1,4 @@
-"""int8 weights on disk: a model is quantized once, and mapped from then on.
+"""int8 weights on disk: a model is quantized once, and read from then on.
 
 They are found by the content of the model's files, wherever those are. Hashing that takes seconds,
 so the hashes are kept too, in an index, until a file's size, times, device or inode change. While a
@@ -165,7 +165,7 @@ def _quantize(
 
 
 def _refuse_if_changed(path: Path, weights: WeightSource, key: str | None = None) -> None:
-    """Make sure that what is at `path` is what was opened, as a mapped file outlives its name.
+    """Make sure that what is at `path` is what was opened, as an open file outlives its name.
 
     A file that is written twice within moments can keep its marks, so a key can be compared too.
     """

@@ -60,14 +60,11 @@ class Int8Loader:
         return shapes.Product(*(array[0] for array in made))
 
     def norm(self, norm: NormWeights | None, *, of_heads: bool = False) -> np.ndarray:
-        """What a norm multiplies by, float32 (padded hidden,), or (D,); (0,) if there is no norm.
-
-        A copy, so that no file stays mapped for it.
-        """
+        """What a norm multiplies by, float32: (padded hidden,), or (D,); (0,) without a norm."""
         if norm is None:
             return np.empty(0, dtype=np.float32)
         weight = self._reader.floats(f"{norm.name}.weight", (norm.size,)).float()
-        weight = weight + 1 if self._config.norm == "rms + 1" else weight.clone()
+        weight = weight + 1 if self._config.norm == "rms + 1" else weight
         self.num_bytes += weight.nbytes
         return np.asarray(weight if of_heads else _pad(weight, self._width))
 

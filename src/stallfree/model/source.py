@@ -5,6 +5,7 @@ Knows which files a model consists of, not what its configuration means.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def _open_gguf(path: Path, name: str | None = None) -> ModelSource:
 
 
 def _open_folder(folder: Path, name: str) -> ModelSource:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ModelError(f"{folder} cannot be read: {os.strerror(errno.EACCES)}")
     if not (folder / "config.json").is_file():
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; did you mean {folder / ggufs[0]}?" if ggufs else ""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from stallfree.errors import ModelError, WeightFileError
+from stallfree.model.safetensors_file import SafetensorsFile
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ class WeightSource(Protocol):
 
 
 class SafetensorsWeights:
-    """The safetensors files of a folder, mapped; tensors keep the dtype they are stored with.
+    """The safetensors files of a folder; tensors keep the dtype they are stored with.
 
     Attributes:
         opened: the files and the index, with their marks from just before they were opened.
@@ -69,12 +69,11 @@ class SafetensorsWeights:
             raise WeightFileError(_nothing_to_load(folder))
         files = set(self._shard_of.values()) or {_SINGLE}
         self.opened |= {folder / name: path_marks(folder / name) for name in files}
-        self._shards = {name: _open(folder / name) for name in sorted(files)}
-        held = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
+        self._shards = {name: SafetensorsFile(folder / name) for name in sorted(files)}
         if not self._shard_of:
-            self._shard_of = dict.fromkeys(held[_SINGLE], _SINGLE)
+            self._shard_of = dict.fromkeys(self._shards[_SINGLE].names, _SINGLE)
         for name, file in self._shard_of.items():
-            if name not in held[file]:
+            if name not in self._shards[file].names:
                 raise WeightFileError(f"{index} says that {name} is in {file}; it is not")
 
     def names(self) -> frozenset[str]:
@@ -90,13 +89,7 @@ class SafetensorsWeights:
         file = self._shard_of.get(name)
         if file is None:
             raise WeightFileError(f"{self._folder} has no weight {name}")
-        try:
-            tensor: torch.Tensor = self._shards[file].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise WeightFileError(
-                f"{self._folder / file}: {name} cannot be read: {error}"
-            ) from None
-        return tensor
+        return self._shards[file].tensor(name)
 
     def _read_index(self, path: Path) -> dict[str, str]:
         shard_of = read_json(path).get("weight_map")
@@ -170,18 +163,6 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _open(path: Path) -> Any:
-    """A safetensors file, its header checked by the library against its size."""
-    if not path.is_file():
-        raise WeightFileError(f"{path} is missing; the model is incomplete: fetch it again")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise WeightFileError(
-            f"{path} is not a usable safetensors file: {error}; it may be truncated or corrupt"
-        ) from None
 
 
 def _nothing_to_load(folder: Path) -> str:

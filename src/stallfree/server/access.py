@@ -18,9 +18,14 @@ from stallfree.server.keys import Keyring
 _BEARER = HTTPBearer(auto_error=False)
 
 
-def key_check(keys: Keyring | None) -> list[Any]:
-    """The dependencies of routes that take a key, if there are any."""
-    return [] if keys is None else [Depends(_KeyCheck(keys).check)]
+def key_check(keys: Keyring | None, watches: bool = False) -> list[Any]:
+    """The dependencies of routes that take a key, if there are any.
+
+    Args:
+        keys: that are good.
+        watches: whether the routes only show what the server does.
+    """
+    return [] if keys is None else [Depends(_KeyCheck(keys, watches).check)]
 
 
 def places(max_concurrent_requests: int) -> list[Any]:
@@ -37,8 +42,9 @@ def owner_of(request: Request) -> str:
 class _KeyCheck:
     """Refuses requests without a key (401), and those beyond its limits (429)."""
 
-    def __init__(self, keys: Keyring) -> None:
+    def __init__(self, keys: Keyring, watches: bool) -> None:
         self._keys = keys
+        self._watches = watches
 
     async def check(
         self,
@@ -55,6 +61,6 @@ class _KeyCheck:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        at_end(request, self._keys.take(key))
+        at_end(request, self._keys.take(key, self._watches))
         if self._keys.has_names:
             request.state.owner = key.name

@@ -53,6 +53,7 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         title="stallfree", version=version("stallfree"), lifespan=lifespan, redirect_slashes=False
     )
     app.state.service = service
+    app.state.notes = observability.notes
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origin:
         app.add_middleware(
@@ -82,9 +83,11 @@ def create_app(engine: ServedEngine, settings: ServerSettings) -> FastAPI:
         for path, endpoint in routes.items():
             limited.add_api_route(path, endpoint, methods=[method], **documented(path))
     protected.include_router(limited)
-    add_dashboard(app, protected)
-    observability.add_to(app, protected)
-    app.include_router(protected)
+    watching = APIRouter(dependencies=key_check(service.keys, watches=True))
+    add_dashboard(app, watching)
+    observability.add_to(app, watching)
+    for router in (protected, watching):
+        app.include_router(router)
     complete(app.openapi())
     return app
 
@@ -110,7 +113,7 @@ def run_server(
     """
     listener = bind(settings.host, settings.port)
     app = create_app(engine, settings)
-    server = ApiServer(app, app.state.service, settings, on_ready)
+    server = ApiServer(app, app.state.service, app.state.notes, settings, on_ready)
     app.state.service.templates.start()
     server.run(sockets=[listener])
     return server.exit_code

@@ -10,10 +10,12 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Sized
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import h11
+from starlette.types import Scope
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -21,6 +23,8 @@ from uvicorn.server import ServerState
 from stallfree.engine.limit_settings import LimitSettings
 from stallfree.server.errors import ApiError
 from stallfree.server.guard import busy, head_too_large
+from stallfree.server.request_id import HEADER as REQUEST_ID
+from stallfree.server.request_id import RequestNotes
 from stallfree.server.sse import ABORT
 
 LINGER_S = 1.0  # for a client to read why it is refused
@@ -31,7 +35,11 @@ logger = logging.getLogger("stallfree.server")
 
 
 class Connection(H11Protocol):
-    """A connection, with the limits of `settings`; the other arguments are uvicorn's."""
+    """A connection, with the limits of `settings`; the first three arguments are uvicorn's.
+
+    What it answers itself is told to `notes`, as the ends of all other requests are. Where
+    connections are encrypted, those in `handshakes` are open too.
+    """
 
     def __init__(
         self,
@@ -39,9 +47,13 @@ class Connection(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         settings: LimitSettings,
+        notes: RequestNotes,
+        handshakes: Sized = (),
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._settings = settings
+        self._notes = notes
+        self._handshakes = handshakes
         self._coming: Literal["head", "body"] | None = None  # part of a request
         self._deadline: asyncio.TimerHandle | None = None  # of that part; later, of this connection
         self._is_refused = False
@@ -60,7 +72,8 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         # Whatever the kernel does not take at once makes a response wait, and starts the clock.
         transport.set_write_buffer_limits(high=1, low=0)
-        most, num_open = self._settings.max_connections, len(self.connections)
+        most = self._settings.max_connections
+        num_open = len(self.connections) + len(self._handshakes)
         if num_open > most + MAX_LINGERING:
             transport.abort()
         elif num_open > most:
@@ -148,14 +161,26 @@ class Connection(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error, unless an answer has begun; read no more, and close soon."""
         self._is_refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
+        is_answerable = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        has_request = self.cycle is not None and not self.cycle.response_complete
+        if is_answerable:
+            note = self._notes.of(cast("Scope", self.scope)) if has_request else self._notes.begin()
+            note.refusal = error.status
+            self._answer(error, note.request_id)
+            if not has_request:  # else the application ends it
+                self._notes.end(note)
+        if has_request:
             self.cycle.disconnected = True  # whoever waits for the rest of the request
             self.cycle.message_event.set()
+        self._linger()
+
+    def _answer(self, error: ApiError, request_id: str) -> None:
         body = json.dumps(error.body()).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
+            REQUEST_ID: request_id,
             **(error.headers or {}),
         }
         answer = (
@@ -163,10 +188,9 @@ class Connection(H11Protocol):
             h11.Data(data=body),
             h11.EndOfMessage(),
         )
-        with suppress(h11.LocalProtocolError):
+        with suppress(h11.LocalProtocolError):  # who asked with HEAD gets no body
             for event in answer:
                 self.transport.write(self.conn.send(event) or b"")
-        self._linger()
 
     def _linger(self) -> None:
         """Close when the client has had time to read: closing while it sends would lose all."""

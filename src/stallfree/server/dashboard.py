@@ -7,6 +7,7 @@ first a `snapshot`, then `records`, several times a second while there are any.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,12 +21,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stallfree.engine.engine import Engine
+from stallfree.server.access import owner_of
 from stallfree.server.errors import ApiError
 from stallfree.server.live_feed import LiveFeed, load_of
 from stallfree.server.service import Service
 from stallfree.server.sse import EventStream, event
 
 MAX_WATCHERS = 8
+MAX_WATCHERS_OF_A_KEY = 4  # that has a name, so that it does not take all places
 PERIOD_S = 0.2  # between events of records
 HEARTBEAT_S = 1.0  # between events that say nothing but that the server is there
 RECORDS_PER_EVENT = 256
@@ -48,8 +51,8 @@ _MEDIA_TYPES = {
 }
 
 
-def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
-    """Serve the page from `app`, its feed from `protected`; before the engine's thread starts.
+def add_dashboard(app: FastAPI, watching: APIRouter) -> None:
+    """Serve the page from `app`, its feed from `watching`; before the engine's thread starts.
 
     Where the model runs in several copies, whose iterations are elsewhere, it is not there: say so.
     """
@@ -66,10 +69,10 @@ def add_dashboard(app: FastAPI, protected: APIRouter) -> None:
     feed = Feed(service, engine)
     engine.observers.add(feed.live)
 
-    async def stream(_: Request) -> Response:
-        return EventStream(feed.events(), max_unread_bytes=None)
+    async def stream(request: Request) -> Response:
+        return EventStream(feed.events(owner_of(request)), max_unread_bytes=None)
 
-    protected.add_api_route("/dashboard/feed", stream, methods=["GET"], include_in_schema=False)
+    watching.add_api_route("/dashboard/feed", stream, methods=["GET"], include_in_schema=False)
 
 
 class Feed:
@@ -81,17 +84,17 @@ class Feed:
 
     Attributes:
         live: to be told of requests and iterations.
-        num_watchers: who are sent something now.
+        watchers: how many are sent something now, by the name of their key; empty if it has none.
     """
 
     def __init__(self, service: Service, engine: Engine) -> None:
         self._engine = engine
         self.live = LiveFeed(service.engine.now)
-        self.num_watchers = 0
+        self.watchers: Counter[str] = Counter()
         self._service = service
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events of one watcher, until the engine ends.
+    async def events(self, owner: str) -> AsyncGenerator[bytes, None]:
+        """The events of one watcher, whose key has the name `owner`, until the engine ends.
 
         They are made when the one before was taken, so whoever reads slowly takes no memory: the
         records that were forgotten meanwhile are `lost`.
@@ -100,7 +103,7 @@ class Feed:
             ApiError: before the first event, there are too many watchers.
         """
         history = self.live.history
-        with self._place():
+        with self._place(owner):
             snapshot = {"type": "snapshot", "next": history.count, **self._settings()}
             number = history.first
             yield event({**snapshot, "requests": self.live.live(), **self._state()})
@@ -128,19 +131,19 @@ class Feed:
                 silent_s += PERIOD_S
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self.num_watchers >= MAX_WATCHERS:
-            raise ApiError(
-                429,
-                f"{MAX_WATCHERS} watch already, which is the limit",
-                code="too_many_watchers",
-                headers={"Retry-After": "5"},
+    def _place(self, owner: str) -> Iterator[None]:
+        if self.watchers.total() >= MAX_WATCHERS:
+            raise _too_many(f"{MAX_WATCHERS} watch already, which is the limit")
+        if owner and self.watchers[owner] >= MAX_WATCHERS_OF_A_KEY:
+            raise _too_many(
+                f"the key {owner!r} watches {MAX_WATCHERS_OF_A_KEY} times already, which is the "
+                "limit of each"
             )
-        self.num_watchers += 1
+        self.watchers[owner] += 1
         try:
             yield
         finally:
-            self.num_watchers -= 1
+            self.watchers[owner] -= 1
 
     @property
     def _is_over(self) -> bool:
@@ -187,6 +190,11 @@ class Feed:
 
 async def _refuse(_: Request) -> Response:
     raise ApiError(404, "the live page shows one engine: it is there without --replicas only")
+
+
+def _too_many(message: str) -> ApiError:
+    headers = {"Retry-After": "5"}
+    return ApiError(429, message, code="too_many_watchers", headers=headers)
 
 
 async def _give(response: Response, _: Request) -> Response:

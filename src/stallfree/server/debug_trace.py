@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -32,9 +33,14 @@ OPENAPI: dict[str, Any] = {
                 "default": DEFAULT_S,
             },
         }
-    ]
+    ],
+    "responses": {
+        "400": {"description": "`seconds` is wrong, or there is more: a body, other parameters."},
+        "409": {"description": "Another trace is being recorded."},
+    },
 }
 
+_TAKES = f"there is one parameter, in the address: /debug/trace?seconds={DEFAULT_S}"
 _POLL_S = 0.1  # how soon a recording ends with the server
 
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -53,10 +59,11 @@ class DebugTrace:
 
     async def record(self, request: Request) -> Response:
         """A trace of iterations and requests for some seconds, as a file for Perfetto."""
-        seconds = _seconds(request.query_params.get("seconds", str(DEFAULT_S)))
+        seconds = _seconds(request.query_params)
         self._service.check_ready()
-        async for _ in request.stream():  # a body means nothing
-            pass
+        async for part in request.stream():
+            if part:
+                raise InvalidRequestError(f"there is a body, which has no meaning here; {_TAKES}")
         if self._is_recording:
             raise ApiError(409, "another trace is being recorded; try again when it has ended")
         trace = self._service.engine.trace()
@@ -81,7 +88,12 @@ class DebugTrace:
             await asyncio.sleep(min(left, _POLL_S))
 
 
-def _seconds(text: str) -> float:
+def _seconds(params: QueryParams) -> float:
+    """How long to record, which is the only parameter."""
+    for name in params:
+        if name != "seconds":
+            raise InvalidRequestError(f"there is no parameter {shown(name)}; {_TAKES}")
+    text = params.get("seconds", str(DEFAULT_S))
     try:
         seconds = float(text)
     except ValueError:

@@ -121,7 +121,7 @@ _ERRORS = {
     500: "The server failed on this request; its log says more.",
     503: "The server is about to end.",
 }
-_OPEN = (400, 408, 431, 500)  # errors of routes that take no key
+_OPEN = (400, 408, 431, 500)  # errors of routes that take no key: they tell nothing of requests
 _PROTECTED = (*_OPEN, 401, 404, 429)
 
 

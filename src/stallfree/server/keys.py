@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stallfree.engine.settings import ServerSettings
@@ -180,7 +180,7 @@ class Keyring:
         self._path = path
         self._single = () if single is None else (_single_key(single),)
         self._clock = clock
-        self._uses: dict[str, _Use] = {}
+        self._uses: dict[tuple[str, bool], _Use] = {}  # by name, and whether one watches
         self._keys: tuple[ApiKey, ...] = self._single
         self.has_names = path is not None
         if path is not None:
@@ -202,14 +202,19 @@ class Keyring:
                 found = each
         return found
 
-    def take(self, key: ApiKey) -> Callable[[], None]:
+    def take(self, key: ApiKey, watches: bool = False) -> Callable[[], None]:
         """Count a request of `key`, and return what is to be called when it ends.
+
+        One that only watches what the server does takes nothing from the others: it is counted
+        apart, by the same rate, and may go on beside any number of them.
 
         Raises:
             OverloadedError: it is over a limit of the key; says when to try again.
         """
         now_s = self._clock()
-        use = self._uses.setdefault(key.name, _Use(now_s))
+        use = self._uses.setdefault((key.name, watches), _Use(now_s))
+        if watches:
+            key = replace(key, concurrency=None)
         use.take(key, now_s)
 
         def end() -> None:
@@ -231,8 +236,7 @@ class Keyring:
             return
         self._keys = keys
         names = {key.name for key in keys}
-        for name in [name for name in self._uses if name not in names]:
-            del self._uses[name]
+        self._uses = {who: use for who, use in self._uses.items() if who[0] in names}
         self.warn_if_open()
         logger.warning("took %d API keys from %s", len(keys) - len(self._single), self._path)
 

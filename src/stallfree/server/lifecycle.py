@@ -14,15 +14,16 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
-from stallfree.server.connection import Connection
+from stallfree.server.connection import MAX_LINGERING, Connection
+from stallfree.server.handshakes import HandshakeLimits, Handshakes
 from stallfree.server.keys import Keyring
+from stallfree.server.request_id import RequestNotes
 from stallfree.server.service import Service
 from stallfree.server.tls import tls_context
 
@@ -98,6 +99,7 @@ class ApiServer(uvicorn.Server):
     Args:
         app: the application, whose lifespan starts and stops the engine.
         service: what the app serves.
+        notes: of its requests.
         settings: of the server.
         on_ready: called with the URL once requests are answered.
 
@@ -109,6 +111,7 @@ class ApiServer(uvicorn.Server):
         self,
         app: ASGIApp,
         service: Service,
+        notes: RequestNotes,
         settings: ServerSettings,
         on_ready: Callable[[str], None],
     ) -> None:
@@ -130,8 +133,9 @@ class ApiServer(uvicorn.Server):
         super().__init__(config)
         self.exit_code = 0
         self._service = service
+        self._notes = notes
         self._settings = settings
-        self._tls = tls_context(settings)
+        self._handshakes = self._new_handshakes()
         self._on_ready = on_ready
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -155,25 +159,43 @@ class ApiServer(uvicorn.Server):
         for each in sockets or ():
             self.servers.append(await self._listen(self._loop, each))
         if sockets:
-            self._on_ready(url_of(sockets[0], "http" if self._tls is None else "https"))
+            self._on_ready(url_of(sockets[0], "http" if self._handshakes is None else "https"))
 
     async def _listen(
         self, loop: asyncio.AbstractEventLoop, listener: socket.socket
     ) -> asyncio.Server:
         """Take connections, as `uvicorn` would, but of our own kind and with less patience."""
-        options: dict[str, Any] = {}
-        if self._tls is not None:
-            options = {
-                "ssl": self._tls,
-                "ssl_handshake_timeout": self._settings.header_timeout_s,
-                "ssl_shutdown_timeout": LAST_WRITES_S,
-            }
-        return await loop.create_server(
-            lambda: Connection(self.config, self.server_state, self.lifespan.state, self._settings),
-            sock=listener,
-            backlog=self.config.backlog,
-            **options,
+        accept: Callable[[], asyncio.Protocol] = self._connection
+        if self._handshakes is not None:
+            accept = self._handshakes.accept
+        return await loop.create_server(accept, sock=listener, backlog=self.config.backlog)
+
+    def _connection(self) -> Connection:
+        return Connection(
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            self._settings,
+            self._notes,
+            () if self._handshakes is None else self._handshakes,
         )
+
+    def _new_handshakes(self) -> Handshakes | None:
+        context = tls_context(self._settings)
+        if context is None:
+            return None
+        limits = HandshakeLimits(
+            self._settings.header_timeout_s, self._settings.max_connections + MAX_LINGERING
+        )
+        return Handshakes(context, limits, self.server_state.connections, self._connection)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen, and wait for what is under way; called by uvicorn."""
+        for server in self.servers:
+            server.close()
+        if self._handshakes is not None:
+            self._handshakes.abort()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Take a signal; called by uvicorn, between any two instructions of the main thread."""

@@ -11,7 +11,7 @@ from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError
 from stallfree.server.debug_trace import OPENAPI, DebugTrace
 from stallfree.server.metrics import Metrics
-from stallfree.server.request_id import RequestIds
+from stallfree.server.request_id import RequestIds, RequestNotes
 from stallfree.server.request_log import log_request
 from stallfree.server.request_note import RequestNote
 from stallfree.server.service import Service
@@ -24,38 +24,35 @@ class Observability:
         service: what is served; the engine's thread has not started.
         settings: of the server.
 
+    Attributes:
+        notes: of requests, which tell what watches of their ends.
+
     Raises:
         ConfigError: traces are asked for without the extra `otel`.
     """
 
     def __init__(self, service: Service, settings: ServerSettings) -> None:
-        self._service = service
-        self._keeps_text = settings.log_prompts
         self._metrics = Metrics(service.engine)
         self._trace = DebugTrace(service)
         self._closers: list[Callable[[], None]] = []
-        self._watchers: list[Callable[[RequestNote], None]] = [self._metrics.http.count]
+        watchers: list[Callable[[RequestNote], None]] = [self._metrics.http.count]
         if settings.otlp_endpoint is not None:
             check_tracing(settings)
             from stallfree.server.tracing import Tracing
 
             now = service.engine.now
             tracing = Tracing(settings.otlp_endpoint, service.model_name, now)
-            self._watchers.append(tracing.record)
+            watchers.append(tracing.record)
             self._closers.append(tracing.close)
-        self._watchers.append(log_request)  # after tracing, whose id it has
+        watchers.append(log_request)  # after tracing, whose id it has
+        self.notes = RequestNotes(service.engine.now, settings.log_prompts, watchers)
 
-    def add_to(self, app: FastAPI, protected: APIRouter) -> None:
+    def add_to(self, app: FastAPI, watching: APIRouter) -> None:
         """Add the routes, and the middleware, which must be outside of all other."""
-        protected.add_api_route("/metrics", self._metrics.show, methods=["GET"])
+        watching.add_api_route("/metrics", self._metrics.show, methods=["GET"])
         record = self._trace.record
-        protected.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
-        app.add_middleware(
-            RequestIds,
-            now=self._service.engine.now,
-            keeps_text=self._keeps_text,
-            watchers=self._watchers,
-        )
+        watching.add_api_route("/debug/trace", record, methods=["POST"], openapi_extra=OPENAPI)
+        app.add_middleware(RequestIds, notes=self.notes)
 
     def close(self) -> None:
         """Send what is left to be sent. May take seconds."""

@@ -101,6 +101,7 @@ class RequestNote:
         trace_headers: those that tie it to the client's trace.
         endpoint: the template of its path, or `OTHER`.
         status: of HTTP; 499 if the client left before there was one.
+        refusal: the status of the answer that its connection gave in place of the application's.
         ended_at: when it ended.
         trace_id: of its trace, if there is one.
         generation: what was generated, if that is what it asked for.
@@ -113,6 +114,7 @@ class RequestNote:
     trace_headers: dict[str, str] = field(default_factory=dict)
     endpoint: str = OTHER
     status: int = 499
+    refusal: int | None = None
     ended_at: float = 0.0
     trace_id: str | None = None
     generation: GenerationNote | None = None

@@ -144,10 +144,11 @@ class Service:
 
         Raises:
             InvalidRequestError: it is empty, or a token id does not exist.
-            ContextLengthError: it has more token ids than the context.
+            ContextLengthError: it has more token ids than the context, or than a prompt may have.
         """
         if isinstance(prompt, str):
             return Prompt(await self.encode(prompt, special_tokens), prompt)
+        self.limits.check_prompt_tokens(len(prompt), "prompt")
         self.check_token_ids(prompt, "prompt")
         return Prompt(prompt, await self.decode(prompt) if echo else "")
 

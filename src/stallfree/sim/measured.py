@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from stallfree.bench.table_file import read_table
+from stallfree.bench.table_file import listed, read_table
 from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context, fit
 from stallfree.errors import ConfigError
 
@@ -48,11 +48,14 @@ def read_iterations(path: Path) -> list[tuple[BatchShape, float]]:
     known, given = {_SECONDS, *_COUNTS}, set(columns)
     if _SECONDS not in given or not given & {"prefill_tokens", "decodes"}:
         raise ConfigError(
-            f"{path}: there must be a column {_SECONDS}, and prefill_tokens or decodes"
+            f"{path}: there must be a column {_SECONDS}, and prefill_tokens or decodes; there may "
+            f"be {', '.join(sorted(known))}; this file has {listed(columns)}"
         )
     if given - known:
-        names = ", ".join(sorted(given - known))
-        raise ConfigError(f"{path}: unknown columns {names}; known are {sorted(known)}")
+        raise ConfigError(
+            f"{path}: unknown columns {listed(sorted(given - known))}; known are "
+            f"{', '.join(sorted(known))}"
+        )
     return [_sample(path, line, values) for line, values in table]
 
 
