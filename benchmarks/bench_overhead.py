@@ -24,7 +24,7 @@ from stallfree.bench.report import cpu_share
 from stallfree.bench.workload import Arrival, Workload
 
 PROMPT_TOKENS = 100
-_HEAD = "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{framing}\r\n\r\n"
+_HEAD = "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n{framing}\r\nconnection: close\r\n\r\n"
 
 
 def chunk(value: object) -> bytes:

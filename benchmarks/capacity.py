@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from server import ServerError, machine_facts, serving
 
-from stallfree.bench.capacity import Criterion, SearchSettings, find_capacities
+from stallfree.bench.capacity import Criterion
 from stallfree.bench.capacity_report import capacity_json, probe_line
+from stallfree.bench.capacity_search import SearchSettings, find_capacities
 from stallfree.bench.endpoint import Endpoint
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.cli.live_system import LiveSystem

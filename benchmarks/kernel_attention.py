@@ -20,6 +20,7 @@ from stallfree.kernels.jit import compiled, entry
 from stallfree.kernels.openmp import parallel
 from stallfree.model.attention import attend, make_spans
 from stallfree.model.int8_decoder import Int8Decoder
+from stallfree.model.int8_plan import plan
 from stallfree.model.kv_cache import KVCache
 
 OURS = "float16 KV"
@@ -80,7 +81,7 @@ class _Run:
         fill(self._cache)
         fill(self._floats)
         self._batch = make_input(case, case.num_blocks, config.vocab_size)
-        self._work, self._num_parts = decoder._plan(self._batch, BLOCK)
+        self._work, self._num_parts = plan(self._batch, BLOCK, decoder._item_tokens, decoder._ropes)
         self._queries = torch.randn(case.rows, config.num_heads, config.head_dim)
         self._spans = [
             span

@@ -58,8 +58,22 @@ class TwoHosts:
         """Nothing was reserved."""
 
 
+def run_inside() -> int:
+    """Lay the network, run this program on its first host with --inside, and take it away.
+
+    Returns:
+        The exit code; 1 without the right to lay one.
+    """
+    if os.geteuid() != 0:
+        print("network namespaces can only be made as root", file=sys.stderr)
+        return 1
+    with network():
+        command = [sys.executable, *sys.argv, "--inside"]
+        return subprocess.call(["ip", "netns", "exec", HOSTS[0], *command])
+
+
 def main() -> int:
-    """Lay the network, run all on it, and take it away."""
+    """Run all on a network that is laid for it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,12 +82,7 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
-        if os.geteuid() != 0:
-            print("network namespaces can only be made as root", file=sys.stderr)
-            return 1
-        with network():
-            command = [sys.executable, *sys.argv, "--inside"]
-            return subprocess.call(["ip", "netns", "exec", HOSTS[0], *command])
+        return run_inside()
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     runs = {name: run(sizes, options.seconds) for name, sizes in MODES.items()}
     result = {

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from stallfree.engine.tokenizer_files import read_tokenizer
 from stallfree.model.gguf import dequantize
-from stallfree.model.gguf_header import read_header
+from stallfree.model.gguf_parser import read_header
 from stallfree.model.int8 import quantize_rows
 from stallfree.model.source import ModelSource, open_model
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from network import ADDRESSES, HOSTS, INTERFACE, ip, network
+from network import ADDRESSES, HOSTS, INTERFACE, ip, run_inside
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +72,7 @@ class Seen:
 
 
 def main() -> int:
-    """Lay the network, run all on it, and take it away."""
+    """Run all on a network that is laid for it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,12 +81,7 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
-        if os.geteuid() != 0:
-            print("network namespaces can only be made as root", file=sys.stderr)
-            return 1
-        with network():
-            command = [sys.executable, *sys.argv, "--inside"]
-            return subprocess.call(["ip", "netns", "exec", HOSTS[0], *command])
+        return run_inside()
     model = [options.model] if options.model else []
     runs = {name: run([*model, *COMMON, *own]) for name, own in MODES.items()}
     result = {

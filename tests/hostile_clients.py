@@ -98,11 +98,11 @@ class RawClient:
 
 @contextmanager
 def server_process(
-    folder: Path, **settings: Any
+    folder: Path, drain_timeout_s: float = 20.0, **settings: Any
 ) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A server process with the tiny model in `folder`, and a client of it that behaves."""
     given = json.dumps(settings, default=str)
-    command = [sys.executable, str(SCRIPT), str(folder), "20", given]
+    command = [sys.executable, str(SCRIPT), str(folder), str(drain_timeout_s), given]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:

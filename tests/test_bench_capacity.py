@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stallfree.bench.capacity import (
-    Capacity,
-    Criterion,
-    SearchSettings,
-    find_capacities,
-)
+from stallfree.bench.capacity import Capacity, Criterion
+from stallfree.bench.capacity_search import SearchSettings, find_capacities
 from stallfree.bench.probe import Probe
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.bench.records import Failure, Record, Results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,25 +161,35 @@ def test_a_server_that_dies_ends_the_run() -> None:
     assert ("requests sent", f"{len(results.records)} of 500 planned") in count_table(results).rows
 
 
-def test_an_interrupted_run_keeps_what_it_has() -> None:
-    async def endless(asked: Asked, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + token())
-        await asyncio.sleep(30)
+async def endless(asked: Asked, writer: asyncio.StreamWriter) -> None:
+    writer.write(SSE_HEAD + token())
+    await asyncio.sleep(30)
 
-    async def interrupted(url: str) -> Results:
+
+def run_until(
+    ends: Callable[[Progress], bool], url: str, workload: Workload
+) -> tuple[Results, list[Progress]]:
+    """Interrupt a run at some progress; what it gives, and all that it told."""
+    told: list[Progress] = []
+
+    async def interrupted() -> Results:
         stop = asyncio.Event()
 
         def on_progress(progress: Progress) -> None:
             told.append(progress)
-            if progress.num_tokens:
+            if ends(progress):
                 stop.set()
 
-        return await run_workload(Endpoint(url), workload, on_progress, stop=stop)
+        return await run_workload(Endpoint(url, timeout_s=10), workload, on_progress, stop=stop)
 
-    told: list[Progress] = []
-    workload = requests(1000, gap_s=0.1)
+    return asyncio.run(interrupted()), told
+
+
+def test_an_interrupted_run_keeps_what_it_has() -> None:
     with fake_server(answer=endless) as fake:
-        results = asyncio.run(interrupted(fake.url))
+        results, told = run_until(
+            lambda progress: progress.num_tokens > 0, fake.url, requests(1000, gap_s=0.1)
+        )
     assert not results.is_complete
     assert results.facts["ended_early"] == INTERRUPTED
     assert 1 <= len(results.records) < 1000
@@ -189,23 +199,12 @@ def test_an_interrupted_run_keeps_what_it_has() -> None:
 
 
 def test_progress_counts_tokens_of_answers_that_ended_or_did_not() -> None:
-    async def endless(asked: Asked, writer: asyncio.StreamWriter) -> None:
-        writer.write(SSE_HEAD + token())
-        await asyncio.sleep(30)
-
-    async def interrupted(url: str) -> Results:
-        stop = asyncio.Event()
-
-        def on_progress(progress: Progress) -> None:
-            told.append(progress)
-            if progress.num_answered and progress.num_tokens == 4:
-                stop.set()
-
-        return await run_workload(Endpoint(url, timeout_s=10), requests(2), on_progress, stop=stop)
-
-    told: list[Progress] = []
     with fake_server(answer=answer_in_full, later=endless) as fake:
-        results = asyncio.run(interrupted(fake.url))
+        results, told = run_until(
+            lambda progress: progress.num_answered > 0 and progress.num_tokens == 4,
+            fake.url,
+            requests(2),
+        )
     assert sorted(len(record.token_s) for record in results.records) == [1, 3]
     assert told[-1].num_tokens == 4
 

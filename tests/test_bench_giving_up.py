@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stallfree.bench.capacity import Capacity, Criterion, SearchSettings, find_capacities
+from stallfree.bench.capacity import Capacity, Criterion
+from stallfree.bench.capacity_search import SearchSettings, find_capacities
 from stallfree.bench.giving_up import GiveUp
 from stallfree.bench.metrics import num_above, percentile
 from stallfree.bench.probe import QUANTILES, Probe

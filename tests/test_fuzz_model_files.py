@@ -27,7 +27,7 @@ from tiny_models import byte_level_vocabulary, write_gguf
 from stallfree.engine.tokenizer_files import read_tokenizer
 from stallfree.errors import ModelError
 from stallfree.model.config import ModelConfig
-from stallfree.model.gguf_header import read_header
+from stallfree.model.gguf_parser import read_header
 from stallfree.model.source import open_model
 from stallfree.model.weights import SafetensorsWeights
 

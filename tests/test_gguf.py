@@ -14,7 +14,6 @@ import torch
 from tiny_models import byte_level_vocabulary, state_dict, write_gguf
 
 from stallfree.errors import UnsupportedModelError, WeightFileError
-from stallfree.model.demo import assemble
 from stallfree.model.gguf import GgufWeights, dequantize
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -130,23 +129,3 @@ def test_a_type_that_cannot_be_dequantized_is_refused_by_name(path: Path) -> Non
 def test_a_name_that_is_not_there(path: Path) -> None:
     with pytest.raises(WeightFileError, match=r"no weight model\.nothing"):
         GgufWeights(write_gguf(path)).tensor("model.nothing")
-
-
-@pytest.mark.model
-@pytest.mark.slow
-def test_the_demo_model_equals_what_transformers_loads() -> None:
-    path = assemble()
-    _, their_tensors = _read_by_transformers(path)
-    weights = GgufWeights(path)
-    assert weights.names() == their_tensors.keys()
-    for name in (
-        "model.embed_tokens.weight",
-        "lm_head.weight",
-        "model.norm.weight",
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.0.self_attn.q_proj.bias",
-        "model.layers.11.self_attn.v_proj.weight",
-        "model.layers.23.mlp.down_proj.weight",
-        "model.layers.23.input_layernorm.weight",
-    ):
-        assert torch.equal(weights.tensor(name), their_tensors[name]), name

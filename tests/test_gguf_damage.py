@@ -15,9 +15,9 @@ import pytest
 from tiny_models import byte_level_vocabulary, write_gguf
 
 from stallfree.errors import ModelError, WeightFileError
-from stallfree.model import gguf_header
+from stallfree.model import gguf_parser
 from stallfree.model.gguf import GgufWeights
-from stallfree.model.gguf_header import read_header
+from stallfree.model.gguf_parser import read_header
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_header_is_read_in_pieces(
 ) -> None:
     write_gguf(path, extra=byte_level_vocabulary())
     expected = read_header(path)
-    monkeypatch.setattr(gguf_header, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(gguf_parser, "_PIECE_BYTES", piece_bytes)
     header = read_header(path)
     assert header.tensors == expected.tensors
     assert header.metadata.keys() == expected.metadata.keys()

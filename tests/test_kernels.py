@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from stallfree.kernels.int8_matmul import (
 )
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import entry
+from stallfree.kernels.processor import HAS_VNNI
 from stallfree.kernels.rows import quantize, rms_norm
 from stallfree.kernels.simd import exp2, load, put
 
@@ -109,6 +111,15 @@ def test_sums_of_products_are_exact(
     assert not made[:, outputs:].any()
     for row in range(rows):
         assert (multiply(activations[row : row + 1], zero, weight) == made[row]).all()
+
+
+def test_products_use_the_instructions_made_for_them() -> None:
+    compiled = numba.njit(tiles.py_func)
+    kinds = aligned(1, dtype=torch.uint8), aligned(1, 1, dtype=torch.int8)
+    sums = aligned(1, dtype=torch.int32), aligned(1, 1, dtype=torch.int32)
+    compiled.compile(tuple(numba.typeof(each) for each in (1, *kinds, *sums)))
+    [assembly] = compiled.inspect_asm().values()
+    assert ("vpdpbusd" in assembly) == ("zmm" in assembly) == HAS_VNNI
 
 
 @pytest.mark.parametrize(("activation", "zero"), [(0, 255), (255, 0), (0, 128), (255, 128)])

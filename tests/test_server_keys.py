@@ -21,8 +21,9 @@ from stallfree.engine.settings import ServerSettings
 from stallfree.errors import ConfigError, InvalidRequestError, OverloadedError
 from stallfree.server.dashboard import MAX_WATCHERS_OF_A_KEY
 from stallfree.server.keys import Keyring, read_keys
-from stallfree.server.protocol import CompletionRequest, parse
+from stallfree.server.protocol import CompletionRequest
 from stallfree.server.service import Service
+from stallfree.server.validation import parse
 
 ALICE, BOB, CAROL = "alice-secret-1", "bob-secret-2", "carol-secret-3"
 COMPLETIONS = "/v1/completions"

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hostile_clients import server_process
 from server_fixtures import IDLE_HEALTH, MODEL, TIMEOUT_S, tiny_engine, wait_until
 from server_process import DEADLY_TOKEN, FAILING_TOKEN
 from tiny import save_tiny_model
@@ -25,7 +22,6 @@ from stallfree.errors import ConfigError
 from stallfree.server.app import run_server
 from stallfree.server.lifecycle import bind, url_of
 
-SCRIPT = Path(__file__).with_name("server_process.py")
 BODY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
 
@@ -34,25 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(
         tmp_path_factory.mktemp("lifecycle") / MODEL, max_position_embeddings=32_768
     )
-
-
-@contextmanager
-def process(
-    folder: Path, drain_timeout_s: float = 20.0
-) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A server process and a client of it."""
-    command = [sys.executable, str(SCRIPT), str(folder), str(drain_timeout_s)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip()
-            assert url.startswith("http://127.0.0.1:")
-            with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
-                yield server, client
-        finally:
-            server.kill()
 
 
 class Stream:
@@ -83,7 +60,7 @@ class Stream:
 
 
 def test_a_signal_drains(folder: Path) -> None:
-    with process(folder) as (server, client):
+    with server_process(folder) as (server, client):
         stream = Stream(client, max_tokens=1500)
         server.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/health").status_code == 503)
@@ -100,7 +77,7 @@ def test_a_signal_drains(folder: Path) -> None:
 
 
 def test_what_outlasts_the_drain_is_cut_off(folder: Path) -> None:
-    with process(folder, drain_timeout_s=0.3) as (server, client):
+    with server_process(folder, drain_timeout_s=0.3) as (server, client):
         stream = Stream(client, max_tokens=30_000)
         server.send_signal(signal.SIGTERM)
         assert stream.end()[-1]["error"]["type"] == "server_error"
@@ -110,7 +87,7 @@ def test_what_outlasts_the_drain_is_cut_off(folder: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
-    with process(folder) as (server, client):
+    with server_process(folder) as (server, client):
         stream = Stream(client, max_tokens=30_000)
         server.send_signal(signal.SIGINT)
         wait_until(lambda: client.get("/health").status_code == 503)
@@ -125,7 +102,7 @@ def test_a_second_signal_ends_at_once(folder: Path) -> None:
 
 
 def test_a_failed_iteration_fails_only_its_requests(folder: Path) -> None:
-    with process(folder) as (server, client):
+    with server_process(folder) as (server, client):
         failing = {**BODY, "prompt": [FAILING_TOKEN]}
         answer = client.post("/v1/completions", json=failing)
         assert answer.status_code == 500
@@ -141,7 +118,7 @@ def test_a_failed_iteration_fails_only_its_requests(folder: Path) -> None:
 
 
 def test_the_process_ends_with_its_engine(folder: Path) -> None:
-    with process(folder) as (server, client):
+    with server_process(folder) as (server, client):
         stream = Stream(client, max_tokens=30_000)
         answer = client.post("/v1/completions", json={**BODY, "prompt": [DEADLY_TOKEN]})
         assert answer.status_code in (500, 503)

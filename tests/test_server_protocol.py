@@ -16,13 +16,12 @@ from stallfree.errors import (
 from stallfree.server.body import parse_object
 from stallfree.server.errors import MAX_MESSAGE_CHARS, api_error
 from stallfree.server.protocol import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
 )
+from stallfree.server.validation import Body, parse
 
 USER = {"role": "user", "content": "hi"}
 

@@ -11,7 +11,8 @@ from statistics import mean
 
 from systems import ARTIFACT, DATASETS, SYSTEMS, PaperSystem, recipe
 
-from stallfree.bench.capacity import Criterion, SearchSettings, find_capacities
+from stallfree.bench.capacity import Criterion
+from stallfree.bench.capacity_search import SearchSettings, find_capacities
 from stallfree.bench.giving_up import GiveUp
 from stallfree.bench.metrics import Summary, summarize
 from stallfree.bench.records import Record, Results

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from stallfree.bench.capacity import MAX_QPS, MIN_QPS, Criterion, SearchSettings
+from stallfree.bench.capacity import Criterion
+from stallfree.bench.capacity_search import MAX_QPS, MIN_QPS, SearchSettings
 from stallfree.cli.bench_serve import check_outputs
 from stallfree.cli.drawn_workload import DrawnWorkload
 from stallfree.cli.workload_options import WorkloadSettings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from stallfree.bench.capacity import Capacity, capacities_of, find_capacities
+from stallfree.bench.capacity import Capacity
 from stallfree.bench.capacity_report import (
     capacity_json,
     capacity_notes,
@@ -17,6 +17,7 @@ from stallfree.bench.capacity_report import (
     seed_text,
     time_text,
 )
+from stallfree.bench.capacity_search import capacities_of, find_capacities
 from stallfree.bench.probe import PrefillTimes, Probe
 from stallfree.bench.probe_file import ProbeFile
 from stallfree.bench.progress import OnProgress, Progress

@@ -15,7 +15,8 @@ import numpy as np
 import tokenizers
 
 from stallfree.errors import TokenizerError
-from stallfree.model.gguf_header import GgufHeader, read_header
+from stallfree.model.gguf_header import GgufHeader
+from stallfree.model.gguf_parser import read_header
 
 _ROLES = {
     "bos_token": "tokenizer.ggml.bos_token_id",

@@ -19,7 +19,8 @@ import torch
 from stallfree.errors import UnsupportedModelError, WeightFileError
 from stallfree.model.config import ModelConfig
 from stallfree.model.gguf_config import architecture_of, end_token_ids, read_config
-from stallfree.model.gguf_header import GgufHeader, TensorInfo, read_header
+from stallfree.model.gguf_header import GgufHeader, TensorInfo
+from stallfree.model.gguf_parser import read_header
 from stallfree.model.layer_weights import weight_shapes
 from stallfree.model.weights import path_marks
 

@@ -7,7 +7,7 @@ is the same, to the last bit, alone and in any batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from stallfree.kernels.openmp import BARRIER_WORDS
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
 from stallfree.model.int8_loader import HALF, Int8Loader
+from stallfree.model.int8_plan import plan
 from stallfree.model.int8_shares import Int8Shares
 from stallfree.model.layer_weights import embedding, final_norm, head
 from stallfree.model.model_input import ModelInput, Rows
@@ -180,7 +181,7 @@ class Int8Decoder:
             The last hidden states (T, padded hidden), for `logits` or the next stage; the next
             call overwrites them.
         """
-        work, num_parts = self._plan(batch, cache.block_size)
+        work, num_parts = plan(batch, cache.block_size, self._item_tokens, self._ropes)
         rows = len(batch.token_ids)
         self._reserve(rows, num_parts)
         job = shapes.Job(self._shape, cache.arrays(), work, self._scratch)
@@ -216,52 +217,6 @@ class Int8Decoder:
             )
         logits = self._peers.concat(torch.from_numpy(out)[:, : self._num_logits])
         return logits[:, : self.config.vocab_size]
-
-    def _plan(self, batch: ModelInput, block_size: int) -> tuple[shapes.Work, int]:
-        """The batch as arrays, and how many splits are computed on their own."""
-        block_groups = block_size // attention.GROUP
-        longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks) * block_groups
-        groups = np.zeros((len(batch.chunks), longest), dtype=np.int64)
-        parts = np.zeros((len(batch.token_ids), 2), dtype=np.int64)
-        positions = np.concatenate([np.arange(c.start, c.stop) for c in batch.chunks])
-        slots = np.empty(len(batch.token_ids), dtype=np.int64)
-        items: list[tuple[int, ...]] = []
-        num_parts = 0
-        for index, chunk in enumerate(batch.chunks):
-            table = np.array(chunk.blocks[: -(-chunk.stop // block_size)])
-            own = groups[index, : len(table) * block_groups]
-            own[:] = (table[:, None] * block_groups + np.arange(block_groups)).reshape(-1)
-            rows = slice(chunk.first_row, chunk.first_row + chunk.stop - chunk.start)
-            at = positions[rows]
-            slots[rows] = own[at // attention.GROUP] * attention.GROUP + at % attention.GROUP
-            splits = -(-chunk.stop // attention.SPLIT)
-            if chunk.stop - chunk.start == 1 and splits > 1:
-                parts[chunk.first_row] = num_parts, splits
-                items += (
-                    (index, chunk.first_row, chunk.start, 1, split, num_parts + split)
-                    for split in range(splits)
-                )
-                num_parts += splits
-            else:
-                items += self._tiles(index, chunk)
-        work = shapes.Work(
-            token_ids=np.array(batch.token_ids, dtype=np.int64),
-            slots=slots,
-            angles=np.stack(
-                [rope.at(torch.from_numpy(positions), torch.float32) for rope in self._ropes]
-            ),
-            groups=groups,
-            items=np.array(items, dtype=np.int64),
-            parts=parts,
-        )
-        return work, num_parts
-
-    def _tiles(self, index: int, chunk: Rows) -> Iterable[tuple[int, ...]]:
-        """A chunk's tokens, as many at a time as an item may have; those that see most first."""
-        size = self._item_tokens
-        for start in reversed(range(chunk.start, chunk.stop, size)):
-            tokens = min(size, chunk.stop - start)
-            yield index, chunk.first_row + start - chunk.start, start, tokens, -1, 0
 
     @property
     def _item_tokens(self) -> int:

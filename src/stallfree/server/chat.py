@@ -16,9 +16,10 @@ from stallfree.server.access import owner_of
 from stallfree.server.body import read_object
 from stallfree.server.generation import Job, Outcome, Usage, collect, stream
 from stallfree.server.logprobs import chat_logprobs
-from stallfree.server.protocol import ChatRequest, parse
+from stallfree.server.protocol import ChatRequest
 from stallfree.server.service import Service
 from stallfree.server.sse import DONE, EventStream, event, while_connected
+from stallfree.server.validation import parse
 
 
 async def create_chat_completion(request: Request) -> Response:

@@ -17,9 +17,10 @@ from stallfree.server.access import owner_of
 from stallfree.server.body import read_object
 from stallfree.server.generation import Job, Outcome, PromptLogprobs, Usage, collect, stream
 from stallfree.server.logprobs import CompletionLogprobs, joined, prompt_logprobs
-from stallfree.server.protocol import CompletionRequest, parse
+from stallfree.server.protocol import CompletionRequest
 from stallfree.server.service import Service
 from stallfree.server.sse import DONE, EventStream, event, while_connected
+from stallfree.server.validation import parse
 
 
 async def create_completion(request: Request) -> Response:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from stallfree.server.protocol import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from stallfree.server.validation import Body
 
 Schema = dict[str, Any]
 

@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stallfree.server.body import read_object
-from stallfree.server.protocol import DetokenizeRequest, TokenizeRequest, parse
+from stallfree.server.protocol import DetokenizeRequest, TokenizeRequest
 from stallfree.server.service import Service
+from stallfree.server.validation import parse
 
 
 async def list_models(request: Request) -> Response:
