@@ -172,4 +172,6 @@ def test_the_table_in_the_documentation_is_that_of_the_tests() -> None:
         for start in ("an exception in: ", "a client leaves "):
             fault = fault.removeprefix(start)
         fixed = fault.replace("SIGTERM under", "under").replace("SIGKILL under", "under")
+        for flag in ("--iteration-file", "--trace-file"):
+            fixed = fixed.replace(f"{flag} is on", "{flags[0]} is on")
         assert fixed.replace(" 6 moments", " {KILLS} moments") in text, row

@@ -25,7 +25,9 @@ LONG = replace(GREEDY, max_tokens=40)
 def cluster() -> Iterator[None]:
     """A cluster of this machine alone, with room for three processes."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(num_cpus=3, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    ray.init(
+        "local", num_cpus=3, include_dashboard=False, configure_logging=False, log_to_driver=False
+    )
     yield
     ray.shutdown()
 

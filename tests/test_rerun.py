@@ -28,6 +28,8 @@ class Stages:
     Batches of more than `most_tokens` fail, and those of `poisoned` requests.
     """
 
+    can_swap = False
+
     def __init__(self, num_stages: int) -> None:
         self.num_stages = num_stages
         self.most_tokens = 1 << 30

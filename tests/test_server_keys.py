@@ -324,7 +324,8 @@ def test_who_watches_takes_nothing_from_requests(server: RunningServer) -> None:
         assert [post(BOB) for _ in range(2)] == [200] * 2
         long = {**BODY, "max_tokens": 16_000, "stream": True, "ignore_eos": True}
         with server.http.stream("POST", COMPLETIONS, json=long, headers=bearer(BOB)) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: without it the answer would be closed
+            next(lines)
             assert post(BOB) == 429
             assert status(BOB) == 200
     assert [status(ALICE) for _ in range(4)] == [200, 200, 200, 429]  # as often as her rate

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
-from collections.abc import Callable
+import resource
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from stallfree.engine.meter import Meter
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError, CopyError, ExecutorError, OutOfMemoryError
 from stallfree.executor.distributed import DistributedPipeline
+from stallfree.executor.launch import LocalProcess
 from stallfree.executor.output import ExecutorOutput, Sample
 from stallfree.executor.rerun import RerunningPipeline
 from stallfree.executor.swap_store import CopyTimes, SwapStore
@@ -109,6 +113,32 @@ def test_preemptions_and_aborts_change_no_token(tmp_path: Path, dtype: str, cach
         assert scheduler.swap.num_out > 0
         assert scheduler.swap.num_used == 0
         assert num_read_here < num_read
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("fails_at", ["out", "in"])
+def test_a_swap_space_that_fails_costs_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    settings = small(tmp_path / "model")
+    roomy = answers(build_engine(replace(settings, kv_cache_memory_bytes=4 << 20)))
+    true_copy, failures = SwapStore.copy, []
+
+    def copy(
+        self: SwapStore, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]
+    ) -> None:
+        if ins if fails_at == "in" else outs:
+            failures.append((outs, ins))
+            raise CopyError("the disk is gone")
+        true_copy(self, outs, ins)
+
+    monkeypatch.setattr(SwapStore, "copy", copy)
+    given, engine, _ = measured(replace(settings, preemption_mode="swap", swap_space_bytes=1 << 20))
+    assert given == roomy
+    assert len(failures) == 1  # nothing is copied after that
+    assert engine.scheduler.preemptions["lost"] > 0
+    assert engine.scheduler.swap is not None
+    assert engine.scheduler.swap.num_used == 0
 
 
 def test_nothing_is_kept_that_is_computed_faster(
@@ -213,6 +243,7 @@ class _Pipeline:
     """One of two stages, whose first batch fails."""
 
     num_stages = 2
+    can_swap = True
 
     def __init__(self, error: ExecutorError) -> None:
         self.error = error
@@ -291,8 +322,39 @@ def test_every_process_copies_its_own(tmp_path: Path, changes: dict[str, Any], d
             assert answers(engine) == expected
             assert engine.scheduler.swap is not None
             assert engine.scheduler.swap.num_in > 0
+        # the disk of one of them fails
+        resource.prlimit(pid_of(pipeline, -1), resource.RLIMIT_FSIZE, (0, 0))
+        engine = engine_on(llm, lambda num_tokens: 1.0, 40)
+        assert answers(engine) == expected
+        assert engine.scheduler.swap is not None
+        assert engine.scheduler.swap.num_out == 0
+        assert engine.scheduler.preemptions["lost"] > 0
     finally:
         llm.close()
+
+
+def test_workers_start_anew_without_a_swap_space_that_is_gone(tmp_path: Path) -> None:
+    settings = small(tmp_path / "model")
+    expected = answers(build_engine(replace(settings, kv_cache_memory_bytes=4 << 20)))
+    folder = tmp_path / "swap"
+    folder.mkdir()
+    settings = replace(settings, preemption_mode="swap", swap_dir=folder)
+    llm = LLM.from_settings(replace(settings, pipeline_parallel_size=2, restart_workers=True))
+    try:
+        folder.rmdir()
+        pipeline = llm.engine.executor
+        assert isinstance(pipeline, DistributedPipeline)
+        os.kill(pid_of(pipeline, 0), signal.SIGKILL)
+        assert answers(llm.engine) == expected
+        assert not pipeline.can_swap
+    finally:
+        llm.close()
+
+
+def pid_of(pipeline: DistributedPipeline, rank: int) -> int:
+    worker = pipeline.workers[rank]
+    assert isinstance(worker, LocalProcess)
+    return worker.pid
 
 
 def engine_on(llm: LLM, recompute_s: Callable[[int], float], num_slots: int) -> Engine:

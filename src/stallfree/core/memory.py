@@ -146,6 +146,11 @@ class Memory:
         if self._swap is not None:
             self._swap.forget()
 
+    def stop_swapping(self) -> None:
+        """What is in the swap space is lost, and nothing is kept there from now on."""
+        if self._swap is not None:
+            self._swap.stop()
+
     def most_copy_s(self, *, may_admit: bool) -> float:
         """Most seconds that the copies of the next batch take."""
         return 0.0 if self._swap is None else self._swap.most_s(may_admit=may_admit)

@@ -235,6 +235,17 @@ class Scheduler:
         Requests wait again, in their order, to be computed from their tokens.
         """
         self._memory.forget()
+        self._take_back(batches)
+
+    def stop_swapping(self, batches: Sequence[Batch]) -> None:
+        """Take back all batches in flight, as KV could not be copied, and copy none from now on.
+
+        Requests wait again; what they had computed is in the KV cache until others need the room.
+        """
+        self._memory.stop_swapping()
+        self._take_back(batches)
+
+    def _take_back(self, batches: Sequence[Batch]) -> None:
         for request in {chunk.request for batch in batches for chunk in batch.chunks}:
             request.in_flight = 0
             if request.pending_finish is not None:
@@ -371,21 +382,26 @@ class Scheduler:
         own = [request for request in under_way if request.is_flex == is_flex]
         line = self.waiting.in_order(own, may_admit, is_flex=is_flex)
         line = without_followers(line, self._cache, self.pool, self.running)
-        return line if self.swap is None else self._with_one_returning(line)
+        return line if self.swap is None else self._with_one_returning(line, own, is_flex)
 
-    def _with_one_returning(self, line: Iterator[Request]) -> Iterator[Request]:
+    def _with_one_returning(
+        self, line: Iterator[Request], under_way: Sequence[Request], is_flex: bool
+    ) -> Iterator[Request]:
         """Without those that wait from the second one on whose KV is copied in.
 
         So that one iteration does not copy for many, and nobody overtakes those that were
         preempted.
         """
-        is_second = False
+        rest = list(under_way)
         for request in line:
-            if request.state is RequestState.WAITING and self._memory.is_swapped(request):
-                is_second |= self._returning not in (None, request)
-                self._returning = self._returning or request
-            if request.state is RequestState.RUNNING or not is_second:
-                yield request
+            if request.state is RequestState.RUNNING:
+                rest.remove(request)
+            elif self._memory.is_swapped(request):
+                if self._returning not in (None, request):
+                    break
+                self._returning = request
+            yield request
+        yield from self.waiting.in_order(rest, False, is_flex=is_flex)
 
     def _admit(self, requests: Sequence[Request]) -> None:
         self._memory.admit(requests)

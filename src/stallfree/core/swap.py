@@ -70,6 +70,7 @@ class SwapSpace:
         self._block_size = block_size
         self._costs = costs
         self._most_copies = sys.maxsize  # in one iteration
+        self._is_stopped = False
         if costs.most_s is not None and costs.slower_s > 0:
             self._most_copies = int(costs.most_s / costs.slower_s)
         self.forget()
@@ -100,7 +101,9 @@ class SwapSpace:
                 break
             kept.append(key)
         copy_s = len(kept) * (self._costs.out_s + self._costs.in_s)
-        if not kept or self._costs.recompute_s(len(kept) * self._block_size) <= copy_s:
+        if self._is_stopped or not kept:
+            return False
+        if self._costs.recompute_s(len(kept) * self._block_size) <= copy_s:
             return False
         self._kept[request.request_id] = kept
         self._wanted.update(kept)
@@ -186,6 +189,11 @@ class SwapSpace:
         self._going: dict[bytes, int] = {}  # blocks by key, about to be overwritten
         self._kept: dict[str, list[bytes]] = {}  # keys by request
         self._wanted: Counter[bytes] = Counter()  # how many requests wait for a key
+
+    def stop(self) -> None:
+        """Keep nothing any more, as it cannot be copied; no batch is in flight."""
+        self.forget()
+        self._is_stopped = True
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Check that slots and all live requests agree.

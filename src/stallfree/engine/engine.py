@@ -24,6 +24,7 @@ from stallfree.engine.outputs import Delta
 from stallfree.engine.request_check import RequestCheck
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.errors import (
+    CopyError,
     EngineError,
     ExecutorError,
     InvalidRequestError,
@@ -255,6 +256,9 @@ class Engine:
         if isinstance(error, WorkersLostError):
             return self._recover(error, iteration.lost)
         self._tell_of(iteration)
+        if isinstance(error, CopyError):  # its requests wait again
+            logger.error("nothing is swapped any more: %s", error)
+            return []
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
             if not isinstance(error, Exception):  # an interrupt
@@ -321,6 +325,8 @@ class Engine:
                     raise
                 logger.error("the workers are started anew again: %s", error)
         self.is_restarting = False
+        if not workers.can_swap:
+            self.scheduler.stop_swapping(())
 
     def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
         for own_id, logprobs in output.prompt_logprobs.items():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from stallfree.core.batch import Batch, Copies
 from stallfree.core.request import FinishReason
 from stallfree.core.scheduler import Scheduler
 from stallfree.engine.clock import Clock
-from stallfree.errors import WorkersLostError
+from stallfree.errors import CopyError, ExecutorError, WorkersLostError
 from stallfree.executor.output import Executor, ExecutorOutput, Pipeline
 from stallfree.executor.parts import run_in_parts
 
@@ -25,7 +26,8 @@ class Iteration:
 
     Attributes:
         batch: what ran.
-        lost: all batches that were in flight, if what runs them was lost: none of them has ended.
+        lost: all batches that were in flight, if what runs them was lost, or KV could not be copied
+            for the first of them: none of them has ended.
         started_s: when it was scheduled, by the clock.
         output: what came of it; None if it failed.
         error: why it failed.
@@ -78,15 +80,19 @@ class Loop:
         """Wait for the oldest batch in flight and complete it.
 
         If it failed, its requests have ended, and no others. If the pipeline was lost, so were all
-        batches in flight, and all requests wait to be computed again.
+        batches in flight, and all requests wait to be computed again. If KV could not be copied for
+        it, they wait as well, and none is copied any more.
         """
         batch, started_s = self._in_flight.popleft()
         try:
-            output = self.pipeline.collect()
-        except WorkersLostError as error:
+            output = self._collect_or_let_through()
+        except (CopyError, WorkersLostError) as error:
             lost = (batch, *(each for each, _ in self._in_flight))
             self._in_flight.clear()
-            self.scheduler.recompute(lost)
+            if isinstance(error, CopyError):
+                self.scheduler.stop_swapping(lost)
+            else:
+                self.scheduler.recompute(lost)
             return Iteration(batch, started_s, error=error, lost=lost)
         except BaseException as error:  # an interrupt too: leave nothing in flight behind
             self.scheduler.fail(batch)
@@ -99,6 +105,16 @@ class Loop:
                 self.scheduler.finish(chunk.request, FinishReason.ERROR)
         self.scheduler.complete(batch, [sample.token_id for sample in output.samples])
         return Iteration(batch, started_s, output)
+
+    def _collect_or_let_through(self) -> ExecutorOutput:
+        """What the pipeline gives next; if it could not copy KV, what is behind goes through it."""
+        try:
+            return self.pipeline.collect()
+        except CopyError:
+            for _ in self._in_flight:
+                with suppress(ExecutorError):
+                    self.pipeline.collect()
+            raise
 
     def observe(self, iteration: Iteration) -> float:
         """Tell the budget how long an iteration took, all that was done for it included."""

@@ -6,6 +6,7 @@ each batch.
 
 from __future__ import annotations
 
+import logging
 import queue
 import time
 from collections import deque
@@ -42,6 +43,8 @@ _CULPRIT_S = 2.0  # how long the end of a process may take to be noticed
 
 Message = Loaded | Ready
 _Answer = TypeVar("_Answer", Loaded, Ready)
+
+logger = logging.getLogger(__name__)
 
 
 class DistributedPipeline:
@@ -99,6 +102,11 @@ class DistributedPipeline:
         self._make_cache = MakeCache(num_blocks, block_size)
         self._tell_all(self._make_cache)
         self._hear_all(Ready)
+
+    @property
+    def can_swap(self) -> bool:
+        """Whether the workers have a swap space."""
+        return self._make_swap is not None
 
     def make_swap(self, num_slots: int, folder: Path | None) -> CopyTimes:
         """Have every worker make a swap space for its layers, and measure it.
@@ -175,6 +183,16 @@ class DistributedPipeline:
         Raises:
             WorkersLostError: some did not start.
         """
+        try:
+            self._begin_anew()
+        except MemoryError as error:
+            if self._make_swap is None:
+                raise WorkersLostError(str(error), no_memory=True) from error
+            logger.error("the workers are started without a swap space: %s", error)
+            self._make_swap = None
+            self.restart()
+
+    def _begin_anew(self) -> None:
         self._end_workers()
         self._start()
         if self._make_cache is not None:

@@ -92,6 +92,11 @@ class Pipeline(Protocol):
 class WorkerPipeline(Pipeline, Executor, Protocol):
     """A pipeline of processes, which can be lost; an executor while no batch is in flight."""
 
+    @property
+    def can_swap(self) -> bool:
+        """Whether it has a swap space: it may have had one before a restart."""
+        ...
+
     def starve(self) -> None:
         """Note that there is room for a batch, but nothing to run."""
         ...

@@ -5,7 +5,7 @@ that failed too, or that hold a later chunk of one of its prompts, in their orde
 depends on what was not there. Others have their results already. No new batch is sent meanwhile.
 
 Copies to and from the swap space are not done again: what goes out may be overwritten by now. A
-batch whose copies failed is not run again either, so its requests end.
+batch whose copies failed is not run again either: all that is in flight is then taken back.
 """
 
 from __future__ import annotations

@@ -77,11 +77,17 @@ class SwapStore:
             ins: a slot and a block each.
 
         Raises:
-            CopyError: the file cannot be written or read, or there is no memory.
+            CopyError: the file cannot be written or read, there is no memory, or whatever else.
         """
         try:
             self._copy(outs, ins)
-        except (OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, nothing may run on blocks that were not filled
+            raise CopyError(f"the swap space cannot be used: {error}") from error
+
+    def _settle(self) -> None:
+        try:
+            self._rows.settle()
+        except OSError as error:
             raise CopyError(f"the swap space cannot be used: {error}") from error
 
     def _copy(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> None:
@@ -103,7 +109,7 @@ class SwapStore:
         for _ in range(_ROUNDS):
             began = time.perf_counter()
             self.copy(pairs, ())
-            self._rows.settle()
+            self._settle()
             between = time.perf_counter()
             self.copy((), pairs)
             if self._device.type == "cuda":

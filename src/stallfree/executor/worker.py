@@ -36,6 +36,7 @@ from stallfree.executor.messages import (
     Run,
     WorkerSpec,
 )
+from stallfree.executor.step import Step
 from stallfree.executor.swap_store import SwapStore
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
@@ -199,24 +200,40 @@ class _Worker:
         started_s, hidden = time.monotonic(), None
         try:
             if run.step.outs or run.step.ins:
-                assert self._swap is not None, "there is no swap space"
-                self._swap.copy(run.step.outs, run.step.ins)
+                self._copy(run.step)
             hidden = executor.forward(run.step, received)
             if self._spec.following is None:
                 output = executor.finish(run.step, hidden)
         except LostContactError:
             raise
         except Exception as error:  # of this batch alone: the next stage is sent zeros
-            if self._spec.part.tp_size > 1:  # its peers wait for it amid their layers
+            no_copy = isinstance(error, CopyError)
+            if self._spec.part.tp_size > 1 and not no_copy:  # its peers wait amid their layers
                 raise
             failure, no_memory = traceback.format_exc(), isinstance(error, MemoryError)
-            no_copy = isinstance(error, CopyError)
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
         if self._spec.part.tp_rank > 0:
             output = None  # its peers have the same
         return Done(run.step_id, started_s, ended_s, output, failure, no_memory, no_copy)
+
+    def _copy(self, step: Step) -> None:
+        """Copy KV between the cache and the swap space.
+
+        Raises:
+            CopyError: it failed here or in a process that shares the layers; in all of them alike.
+        """
+        assert self._swap is not None, "there is no swap space"
+        assert self._new_hidden is not None, "a batch came before the weights"
+        failure: CopyError | None = None
+        try:
+            self._swap.copy(step.outs, step.ins)
+        except CopyError as error:
+            failure = error
+        has_failed = self._new_hidden(1)[:, :1].fill_(failure is not None)
+        if self._peers.largest(has_failed).item():
+            raise failure or CopyError("the swap space of a process with the same layers failed")
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""

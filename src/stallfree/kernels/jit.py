@@ -85,7 +85,7 @@ def _bear_faults(cache: Any) -> None:
     def save_if_possible(*arguments: Any) -> None:
         try:
             save(*arguments)
-        except OSError as error:
+        except Exception as error:  # of a full disk, or of what is kept and damaged
             _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)
 
     cache.load_overload, cache.save_overload = load_if_possible, save_if_possible

@@ -20,6 +20,7 @@ from stallfree.errors import ConfigError, OverloadedError
 MIN_KEY_CHARS = 8
 SINGLE_KEY_NAME = "api-key"  # of the key that --api-key gives
 CONCURRENCY_RETRY_S = 1.0
+_MOST_WATCHING = 8  # requests at once that only watch, of a key with a limit of others
 _UNIT_S = {"s": 1.0, "min": 60.0}
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -206,15 +207,16 @@ class Keyring:
         """Count a request of `key`, and return what is to be called when it ends.
 
         One that only watches what the server does takes nothing from the others: it is counted
-        apart, by the same rate, and may go on beside any number of them.
+        apart, by the same rate, and may go on beside as many of them as there are; if the key has a
+        limit of them, so do those that watch.
 
         Raises:
             OverloadedError: it is over a limit of the key; says when to try again.
         """
         now_s = self._clock()
         use = self._uses.setdefault((key.name, watches), _Use(now_s))
-        if watches:
-            key = replace(key, concurrency=None)
+        if watches and key.concurrency is not None:
+            key = replace(key, concurrency=_MOST_WATCHING)
         use.take(key, now_s)
 
         def end() -> None:
