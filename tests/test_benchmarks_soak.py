@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -174,4 +175,4 @@ def test_the_table_in_the_documentation_is_that_of_the_tests() -> None:
         fixed = fault.replace("SIGTERM under", "under").replace("SIGKILL under", "under")
         for flag in ("--iteration-file", "--trace-file"):
             fixed = fixed.replace(f"{flag} is on", "{flags[0]} is on")
-        assert fixed.replace(" 6 moments", " {KILLS} moments") in text, row
+        assert re.sub(r" \d+ moments", " {KILLS} moments", fixed) in text, row
