@@ -329,9 +329,12 @@ class Run:
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(setup=setups, arrivals=st.integers(1, 14))
 def test_invariants_hold_over_random_schedules(setup: Setup, arrivals: int) -> None:
-    run = Run(setup) if fits(setup) else None
-    if run is None:
-        return
+    if fits(setup):
+        run_through(Run(setup), arrivals)
+
+
+def run_through(run: Run, arrivals: int) -> None:
+    """A whole run: requests arrive at random, and all of them end."""
     for _ in range(arrivals):
         run.arrive()
         for _ in range(run.random.randint(0, 6)):

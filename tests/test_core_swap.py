@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schedulers import request, run_to_end
-from test_core_scheduler import ExactModel, RestlessBudget, Run, Setup, fits, setups
+from test_core_scheduler import ExactModel, RestlessBudget, Run, Setup, fits, run_through, setups
 
 from stallfree.core.batch import NO_COPIES, Batch, Copies, CopyIn
 from stallfree.core.blocks import BlockPool, IntegrityError
@@ -127,19 +127,6 @@ class SwapRun(Run):
         super().check_end()
         assert self.scheduler.swap is not None
         assert self.scheduler.swap.num_used == 0
-
-
-def run_through(run: SwapRun, arrivals: int) -> None:
-    for _ in range(arrivals):
-        run.arrive()
-        for _ in range(run.random.randint(0, 6)):
-            run.disturb()
-            run.step()
-    for _ in range(20_000):
-        if not run.scheduler.has_requests:
-            break
-        run.step()
-    run.check_end()
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
