@@ -23,7 +23,7 @@ from stallfree.model.int8_decoder import Int8Decoder
 from stallfree.model.int8_plan import plan
 from stallfree.model.kv_cache import KVCache
 
-OURS = "float16 KV"
+OURS = "bfloat16 KV"
 NAMES = (OURS, "SDPA float32")
 CASES = [
     decodes(8, 1000),

@@ -136,7 +136,7 @@ def attention_table(records: Sequence[dict[str, Any]]) -> Table:
     """Least times of attention and what they come to, ours beside PyTorch's."""
     caption = (
         "one layer, least ms; floor, GB/s of KV and GFLOP/s: ours. The floor is reading the\n"
-        "float16 KV cache, or computing at the float32 rate of oneDNN; x: ours / floor"
+        "bfloat16 KV cache, or computing at the float32 rate of oneDNN; x: ours / floor"
     )
     made = Table("tokens at context", caption=caption, box=box.SIMPLE)
     for title in ("floor", *kernel_attention.NAMES, "GB/s", "GFLOP/s", "x floor"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from tiny import disturb_vectors, save_tiny_model
 
+from stallfree.kernels.attention import SPLIT
+from stallfree.kernels.attention_tiles import STRETCH, factor_dtype
 from stallfree.kernels.int8_matmul import padded
 from stallfree.kernels.ir import LANES
 from stallfree.model.config import ModelConfig
@@ -73,7 +74,7 @@ def open_weights(folder: Path) -> tuple[ModelConfig, WeightSource]:
     return config, int8_weights(folder, SafetensorsWeights(folder))
 
 
-def make_decoder(folder: Path, threads: int = 2, dtype: str = "float16") -> Int8Decoder:
+def make_decoder(folder: Path, threads: int = 2, dtype: str = "bfloat16") -> Int8Decoder:
     config, weights = open_weights(folder)
     kv_dtype: torch.dtype = getattr(torch, dtype)
     return Int8Decoder(config, weights, max_positions=4096, threads=threads, kv_dtype=kv_dtype)
@@ -113,8 +114,8 @@ def attention_errors(
 ) -> Iterator[float]:
     """What is wrong with the last layer's attention in each of the chunks that end at `stops`.
 
-    From the kernels' own queries, keys and values, in float64. Memory that holds no keys or values
-    yet is NaN: it must not count.
+    From the kernels' own queries, keys and values, in float64, with queries and weights rounded as
+    the kernels do. Memory that holds no keys or values yet is NaN: it must not count.
     """
     config, num_blocks = decoder.config, -(-len(tokens) // block_size)
     heads, kv_heads, depth = config.num_heads, config.num_kv_heads, config.head_dim
@@ -128,16 +129,44 @@ def attention_errors(
         rows = torch.linspace(0, count - 1, min(count, 50)).long()
         scratch = decoder._scratch
         queries = torch.from_numpy(scratch.queries)[: count * heads * depth].double()
-        queries = queries.view(count, kv_heads, -1, depth)[rows]
+        factors = factor_dtype(decoder.kv_dtype)
+        queries = queries.view(count, kv_heads, -1, depth)[rows].to(factors).double()
         attended = torch.from_numpy(scratch.attended).view(-1, padded(heads * depth, LANES))
         groups, lanes = (chunk.slots(block_size) // LANES, chunk.slots(block_size) % LANES)
-        keys = cache.keys[-1].double().view(-1, kv_heads, depth, LANES)[groups, :, :, lanes]
-        values = cache.values[-1].double().view(-1, kv_heads, LANES, padded(depth, LANES))
+        keys = _matrices(cache.keys[-1], kv_heads, depth, LANES)[groups, :, :, lanes]
+        values = _matrices(cache.values[-1], kv_heads, LANES, padded(depth, LANES))
         values = values[groups, :, lanes, :depth]
-        scores = torch.einsum("tkgd,skd->kgts", queries, keys) * math.log(2)  # of powers of 2
+        scores = torch.einsum("tkgd,skd->kgts", queries, keys)
         places, at = torch.arange(stop), (start + rows)[:, None]
         seen = (places <= at) & (places > at - (config.sliding_windows[-1] or stop))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        weights = _weights(scores.masked_fill(~seen, -torch.inf), factors)
         expected = torch.einsum("kgts,skd->tkgd", weights, values).flatten(1)
         error = (attended[rows, : heads * depth] - expected).abs().max() / values.abs().max()
         yield float(error)
+
+
+def _matrices(floats: torch.Tensor, heads: int, rows: int, columns: int) -> torch.Tensor:
+    """Keys or values as float64 (groups, K, rows, columns): see `kernels.kv_layout`."""
+    beside = 4 // floats.itemsize
+    interleaved = floats.double().view(-1, heads, rows // beside, columns, beside)
+    return interleaved.transpose(3, 4).reshape(-1, heads, rows, columns)
+
+
+def _weights(scores: torch.Tensor, factors: torch.dtype) -> torch.Tensor:
+    """Weights from the logarithms of powers of 2 (..., keys), as stretches are met in order.
+
+    Powers are rounded to `factors`; what they are divided by is not.
+    """
+    shares, sums, tops = [], [], []
+    for split in scores.split(SPLIT, dim=-1):
+        top = torch.full(scores.shape[:-1], -torch.inf, dtype=scores.dtype)
+        for stretch in split.split(STRETCH, dim=-1):
+            top = torch.maximum(top, stretch.amax(dim=-1))
+            powers = (stretch - top[..., None]).exp2().nan_to_num(0)
+            tops.append(top)
+            sums.append(powers.sum(dim=-1))
+            shares.append(powers.to(factors).double())
+    scales = (torch.stack(tops) - torch.stack(tops).amax(dim=0)).exp2()
+    total = (torch.stack(sums) * scales).sum(dim=0)
+    scaled = [share * scale[..., None] for share, scale in zip(shares, scales, strict=True)]
+    return torch.cat(scaled, dim=-1) / total[..., None]

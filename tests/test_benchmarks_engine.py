@@ -127,7 +127,7 @@ def test_the_benchmark_of_single_kernels_measures_every_shape(
     cases = [case.name for case in kernel_attention.CASES]
     assert attention == {(case, kernel) for case in cases for kernel in kernel_attention.NAMES}
     ours, others = made["attention"][:2]
-    assert 2 * ours["bytes"] == others["bytes"]  # float16 and float32
+    assert 2 * ours["bytes"] == others["bytes"]  # bfloat16 and float32
     assert ours["operations"] == others["operations"]
     assert made["machine"]["reference"] == "FBGEMM int8"
     for each in (*made["linears"], *made["attention"]):

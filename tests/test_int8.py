@@ -139,11 +139,11 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     folder = str(save_tiny_model(tmp_path, "llama"))
     with pytest.raises(ConfigError, match=r"block_size is 24.*multiple of 16"):
         LLM(folder, block_size=24)
-    with pytest.raises(ConfigError, match="kv_cache_dtype is 'float16'"):
-        LLM(folder, dtype="float32", kv_cache_dtype="float16")
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'bfloat16'"):
+        LLM(folder, dtype="float32", kv_cache_dtype="bfloat16")
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16"])
 def test_the_facts_name_the_memory_that_the_kv_cache_takes(
     tmp_path: Path, kv_cache_dtype: str
 ) -> None:

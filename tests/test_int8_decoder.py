@@ -89,13 +89,17 @@ def test_it_is_the_float_decoder_with_rounded_activations(
 
 
 @pytest.mark.parametrize("block_size", [16, 48])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_attention_is_right_to_float32(folder: Path, dtype: str, block_size: int) -> None:
-    """Over the borders of stretches and splits; a key missed or seen twice is 1/2,100."""
+    """Over the borders of stretches and splits; a key missed or seen twice is 1 / stop.
+
+    A weight near the middle of two numbers of bfloat16 may be rounded the other way: by 1/256.
+    """
     decoder = make_decoder(folder, dtype=dtype)
-    errors = list(attention_errors(decoder, make_tokens(2100), block_size, STOPS))
-    assert len(errors) == len(STOPS)
-    assert max(errors) < 1e-5
+    errors = attention_errors(decoder, make_tokens(2100), block_size, STOPS)
+    rounded = 0.5 if dtype == "bfloat16" else 0.0
+    for stop, error in zip(STOPS, errors, strict=True):
+        assert error < 1e-5 + rounded / stop
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -125,7 +129,7 @@ def test_weights_that_are_no_numbers_give_no_answer(tmp_path: Path, name: str, b
     assert made["good"] == (expected if name == "model.embed_tokens.weight" else refused)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "float32"])
 def test_biases_that_are_no_numbers_give_no_answer(tmp_path: Path, kv_cache_dtype: str) -> None:
     folder = save_tiny_model(tmp_path, "qwen2", initializer_range=0.2)
     weights = load_file(folder / "model.safetensors")

@@ -74,7 +74,7 @@ def _int8(settings: EngineSettings) -> Arithmetic:
     return Arithmetic(
         int8=True,
         dtype=torch.float32,
-        kv_dtype=torch.float32 if is_float32 else torch.float16,
+        kv_dtype=torch.float32 if is_float32 else torch.bfloat16,
     )
 
 

@@ -30,7 +30,7 @@ from stallfree.errors import ConfigError
 
 API_KEY_VARIABLE = "STALLFREE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
-KV_CACHE_DTYPES = ("auto", "float32", "float16")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 MAX_BLOCK_SIZE = 256
 MAX_PORT = 65_535
 MAX_SEED = 2**63 - 1
@@ -95,7 +95,7 @@ class EngineSettings(SwapSettings):
     kv_cache_dtype: Annotated[
         str,
         Flag(
-            f"Type of the KV cache: {', '.join(KV_CACHE_DTYPES)}. auto is float16 with weights in "
+            f"Type of the KV cache: {', '.join(KV_CACHE_DTYPES)}. auto is bfloat16 with weights in "
             "int8, else that of the weights.",
             "DTYPE",
             panel="Memory",

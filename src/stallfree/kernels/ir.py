@@ -8,10 +8,24 @@ from typing import Any
 from llvmlite import ir
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
 LANES = 16
+F32 = ir.FloatType()
+
+
+class _BFloat(ir.Type):  # llvmlite has no name for it
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 F32X16 = ir.VectorType(F32, LANES)
 I32X16 = ir.VectorType(I32, LANES)
+BF16X16, BF16X32 = (ir.VectorType(_BFloat(), lanes) for lanes in (LANES, 2 * LANES))
 
 Builder = Any  # llvmlite's IRBuilder
 Value = Any  # an LLVM value
@@ -58,13 +72,6 @@ def splat(builder: Builder, scalar: Value) -> Value:
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(I32X16, [0] * LANES))
-
-
-def load_floats(builder: Builder, pointer: Value) -> Value:
-    """16 floats at `pointer`, which points to float32, or to uint16 that hold float16."""
-    if pointer.type.pointee == I16:
-        return builder.fpext(load(builder, pointer, ir.VectorType(F16, LANES), align=2), F32X16)
-    return load(builder, pointer, F32X16)
 
 
 class Loop:

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stallfree.kernels.attention import ROWS as QUERY_ROWS
-from stallfree.kernels.attention import (
-    SPLIT,
-    attend_split,
-    merge,
-)
+from stallfree.kernels.attention import SPLIT, attend_split, merge
+from stallfree.kernels.attention_tiles import ROWS as QUERY_ROWS
 from stallfree.kernels.int8_matmul import (
     DEPTH,
     PANEL,
@@ -26,6 +22,7 @@ from stallfree.kernels.int8_matmul import (
 )
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, inlined
+from stallfree.kernels.kv_layout import element
 from stallfree.kernels.openmp import barrier, fetch_add
 from stallfree.kernels.rows import (
     embed,
@@ -36,7 +33,7 @@ from stallfree.kernels.rows import (
     write_head,
 )
 from stallfree.kernels.shapes import Product
-from stallfree.kernels.simd import exp2, fill, load, put, total
+from stallfree.kernels.simd import exp2, fill, load, put, put_one, put_words, total
 
 STORE, ADD, GATE_SILU, GATE_GELU = 0, 1, 2, 3  # what becomes of a product
 _MINUS_LOG2_E = np.float32(-1.4426950408889634)
@@ -226,13 +223,18 @@ def _attend_item(thread, layer, item, head, window, stride, job):
     queries, out = scratch.thread_queries[thread], scratch.thread_out[thread]
     merged, stats = scratch.thread_total[thread], scratch.thread_stats[thread]
     tops, all_sums, all_tops, shrink = stats[0], stats[1], stats[2], stats[3]
-    sums = scratch.thread_weights[thread]
+    sums = scratch.thread_weight_sums[thread]
     for row in range(rows):
         at_head = head * group + row % group
         start = ((first_row + row // group) * heads + at_head) * depth
-        packed = row // QUERY_ROWS * depth * QUERY_ROWS + row % QUERY_ROWS
-        for i in range(depth):
-            queries[packed + i * QUERY_ROWS] = scratch.queries[start + i]
+        packed = row // QUERY_ROWS * depth * QUERY_ROWS
+        whole = depth // LANES * LANES
+        for i in range(0, whole, LANES):
+            place = packed + element(queries, i, row % QUERY_ROWS, QUERY_ROWS)
+            put_words(queries, place, QUERY_ROWS, load(scratch.queries, start + i))
+        for i in range(whole, depth):
+            place = packed + element(queries, i, row % QUERY_ROWS, QUERY_ROWS)
+            put_one(queries, place, scratch.queries[start + i])
         all_sums[row], all_tops[row] = _ZERO, -_INFINITY
         for i in range(0, width, LANES):
             put(merged, row * width + i, fill(_ZERO))
@@ -258,6 +260,7 @@ def _attend_item(thread, layer, item, head, window, stride, job):
             sums,
             tops,
             scratch.thread_scores[thread],
+            scratch.thread_weights[thread],
             shrink,
             scratch.thread_places[thread],
         )

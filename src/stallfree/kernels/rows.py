@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from stallfree.kernels.attention import GROUP, merge
+from stallfree.kernels.attention import merge
 from stallfree.kernels.int8_matmul import DEPTH, LEVELS, PANEL, ROWS, STRIP
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.jit import compiled, inlined
+from stallfree.kernels.kv_layout import GROUP, element
 from stallfree.kernels.simd import (
     fill,
     fma,
@@ -71,8 +72,8 @@ def span(x, at, width):
     top, bottom, nothing = fill(_ZERO), fill(_ZERO), fill(_ZERO)
     for i in range(0, width, LANES):
         some = load(x, at + i)
-        top = maximum(top, some)
-        bottom = maximum(bottom, fill(_ZERO) - some)
+        top = maximum(some, top)
+        bottom = maximum(fill(_ZERO) - some, bottom)
         nothing = fma(some, fill(_ZERO), nothing)
     return largest(bottom), largest(top), total(nothing)
 
@@ -121,7 +122,7 @@ def place_heads(qkv, at, angles, q_norm, k_norm, shape, slot, queries, queries_a
         shape: see `shapes.Shape`.
         slot: of the token.
         queries: get the query heads from `queries_at`, scaled.
-        keys, values: of the layer, flat, as `attention` lays them out.
+        keys, values: of the layer, flat, as `kv_layout` says.
     """
     group, lane = slot // GROUP, slot % GROUP
     heads, kv_heads, depth, width = shape.heads, shape.kv_heads, shape.depth, shape.head_width
@@ -135,13 +136,13 @@ def place_heads(qkv, at, angles, q_norm, k_norm, shape, slot, queries, queries_a
     for head in range(kv_heads):
         from_key = at + (heads + head) * depth
         from_value = from_key + kv_heads * depth
-        to_key = (group * kv_heads + head) * depth * GROUP + lane
-        to_value = ((group * kv_heads + head) * GROUP + lane) * width
+        to_key = (group * kv_heads + head) * depth * GROUP
+        to_value = (group * kv_heads + head) * GROUP * width
         for i in range(depth):
-            put_one(keys, to_key + i * GROUP, qkv[from_key + i])
-            put_one(values, to_value + i, qkv[from_value + i])
+            put_one(keys, to_key + element(keys, i, lane, GROUP), qkv[from_key + i])
+            put_one(values, to_value + element(values, lane, i, width), qkv[from_value + i])
         for i in range(depth, width):
-            put_one(values, to_value + i, _ZERO)
+            put_one(values, to_value + element(values, lane, i, width), _ZERO)
 
 
 @inlined

@@ -112,6 +112,7 @@ class Scratch(NamedTuple):
         part, part_sums, part_tops: float32, outputs of single splits.
         counter: int64 (1,), units claimed by all threads.
         barrier: see `openmp.barrier`.
+        thread_queries, thread_weights: float32 or bfloat16: see `attention_tiles`.
     """
 
     hidden: np.ndarray
@@ -132,13 +133,14 @@ class Scratch(NamedTuple):
     thread_out: np.ndarray
     thread_total: np.ndarray
     thread_stats: np.ndarray
-    thread_weights: np.ndarray
+    thread_weight_sums: np.ndarray
     thread_scores: np.ndarray
+    thread_weights: np.ndarray
     thread_places: np.ndarray
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers: float32, or uint16 that hold float16, (L, elements)."""
+    """Keys and values of all layers (L, elements), as `kv_layout` says."""
 
     keys: np.ndarray
     values: np.ndarray

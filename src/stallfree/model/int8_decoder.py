@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stallfree.kernels import attention, layers, phases, shapes
+from stallfree.kernels import attention, attention_tiles, layers, phases, shapes
 from stallfree.kernels.int8_matmul import PANEL, ROWS, padded
 from stallfree.kernels.ir import LANES
 from stallfree.kernels.openmp import BARRIER_WORDS
@@ -35,10 +35,10 @@ _FIRST_ROWS = 64  # that scratch memory is made for
 
 
 class Int8KVCache:
-    """Keys and values of all layers, as `kernels.attention` lays them out.
+    """Keys and values of all layers, as `kernels.kv_layout` says.
 
     Attributes:
-        keys, values: (L, elements), float32 or float16.
+        keys, values: (L, elements), float32 or bfloat16.
     """
 
     def __init__(
@@ -56,11 +56,14 @@ class Int8KVCache:
         return [each.view(layers, self.num_blocks, -1) for each in (self.keys, self.values)]
 
     def arrays(self) -> shapes.Cache:
-        """What the kernels take: float16 as the uint16 that hold it."""
-        keys, values = self.keys, self.values
-        if keys.dtype == torch.float16:
-            keys, values = keys.view(torch.uint16), values.view(torch.uint16)
-        return shapes.Cache(keys.numpy(), values.numpy())
+        """What the kernels take."""
+        return shapes.Cache(_array(self.keys), _array(self.values))
+
+
+def _array(floats: torch.Tensor) -> Any:
+    """As kernels take floats: bfloat16 as the int16 that hold it."""
+    is_half = floats.dtype == torch.bfloat16
+    return (floats.view(torch.int16) if is_half else floats).numpy()
 
 
 class Int8Decoder:
@@ -71,7 +74,7 @@ class Int8Decoder:
         weights: of the whole model, matrices in int8 (see `int8_cache`).
         max_positions: longest context in tokens, for rope scalings that depend on it.
         threads: that run it.
-        kv_dtype: of the KV cache, float32 or float16.
+        kv_dtype: of the KV cache, float32 or bfloat16.
         part: that is loaded and run.
         peers: that have the other shares of its layers.
         on_layer: called with the index of each layer once it is loaded, for progress.
@@ -93,7 +96,7 @@ class Int8Decoder:
         *,
         max_positions: int,
         threads: int,
-        kv_dtype: torch.dtype = torch.float16,
+        kv_dtype: torch.dtype = torch.bfloat16,
         part: ModelPart | None = None,
         peers: Peers | None = None,
         on_layer: Callable[[int], None] | None = None,
@@ -239,7 +242,9 @@ class Int8Decoder:
         inner = padded(config.intermediate_size, HALF)
         head_width = padded(config.head_dim, LANES)
         group = config.num_heads // config.num_kv_heads
-        item_rows = padded(self._item_tokens * group, attention.ROWS)
+        item_rows = padded(self._item_tokens * group, attention_tiles.ROWS)
+        factors = attention_tiles.factor_dtype(self.kv_dtype)
+        stretches = attention_tiles.ROWS * attention_tiles.STRETCH
 
         def floats(*shape: int) -> Any:
             return torch.zeros(shape).numpy()
@@ -261,11 +266,14 @@ class Int8Decoder:
             barrier=np.zeros(BARRIER_WORDS, dtype=np.int64),
             thread_sums=torch.zeros((threads, ROWS * PANEL), dtype=torch.int32).numpy(),
             thread_row=floats(threads, width),
-            thread_queries=floats(threads, item_rows * config.head_dim),
+            thread_queries=_array(
+                torch.zeros((threads, item_rows * config.head_dim), dtype=factors)
+            ),
             thread_out=floats(threads, item_rows * head_width),
             thread_total=floats(threads, item_rows * head_width),
             thread_stats=floats(threads, 4, item_rows + 2 * LANES),
-            thread_weights=floats(threads, item_rows * LANES),
-            thread_scores=floats(threads, attention.ROWS * attention.STRETCH),
-            thread_places=np.zeros((threads, 2 * attention.LATER), dtype=np.int64),
+            thread_weight_sums=floats(threads, item_rows * LANES),
+            thread_scores=floats(threads, stretches),
+            thread_weights=_array(torch.zeros((threads, stretches), dtype=factors)),
+            thread_places=np.zeros((threads, 2 * attention_tiles.LATER), dtype=np.int64),
         )

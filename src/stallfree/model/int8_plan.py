@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from stallfree.kernels import attention, shapes
+from stallfree.kernels.kv_layout import GROUP
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.rope import Rope
 
@@ -25,7 +26,7 @@ def plan(
         item_tokens: most tokens of a chunk that one unit of attention may have.
         ropes: that rotate queries and keys.
     """
-    block_groups = block_size // attention.GROUP
+    block_groups = block_size // GROUP
     longest = max(-(-chunk.stop // block_size) for chunk in batch.chunks) * block_groups
     groups = np.zeros((len(batch.chunks), longest), dtype=np.int64)
     parts = np.zeros((len(batch.token_ids), 2), dtype=np.int64)
@@ -39,7 +40,7 @@ def plan(
         own[:] = (table[:, None] * block_groups + np.arange(block_groups)).reshape(-1)
         rows = slice(chunk.first_row, chunk.first_row + chunk.stop - chunk.start)
         at = positions[rows]
-        slots[rows] = own[at // attention.GROUP] * attention.GROUP + at % attention.GROUP
+        slots[rows] = own[at // GROUP] * GROUP + at % GROUP
         splits = -(-chunk.stop // attention.SPLIT)
         if chunk.stop - chunk.start == 1 and splits > 1:
             parts[chunk.first_row] = num_parts, splits
