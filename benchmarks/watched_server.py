@@ -101,7 +101,7 @@ class Watch:
             "ended": dict(self._ended),
             "wrong": self._wrong,
             "live": {each.request_id: _shown(each) for each in self._live.values()},
-            "known": len(engine._completions) + len(engine._request_ids) + len(engine._predicted_s),
+            "known": engine._completions.num_known,
             "streams": len(self._engine._streams),
             "integrity": broken,
             "blocks": scheduler.pool.num_blocks - scheduler.pool.num_free,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from tiny import save_tiny_model
 
 SCRIPT = Path(__file__).with_name("fault_process.py")
@@ -40,6 +41,34 @@ def model_in(folder: Path, max_position_embeddings: int = 4096) -> Path:
     return save_tiny_model(
         folder / "tiny", initializer_range=0.2, max_position_embeddings=max_position_embeddings
     )
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 32 MiB, where only root can have one; other tests are skipped."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write a file until there is no room; the file."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                continue
+    return filler
 
 
 def seconds_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> float:
@@ -180,6 +209,14 @@ def wait_for(process: subprocess.Popen[bytes], log: Path) -> Server:
     own = Server(process, log, found[0])
     seconds_until(own.is_healthy)
     return own
+
+
+def workers(own: Server) -> list[int]:
+    """The processes of a server's model, if it has several."""
+    children = Path(f"/proc/{own.process.pid}/task")
+    pids = [int(pid) for each in children.glob("*/children") for pid in each.read_text().split()]
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+    return [pid for pid, title in titles.items() if "stallfree.executor.worker" in title]
 
 
 class Stream:

@@ -7,7 +7,9 @@ a name all of them work again. Most strike only requests that bring the token or
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from stallfree.engine.completion import Completion
 from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.template_process import TemplateProcess
 from stallfree.engine.tokenizer import Tokenizer
-from stallfree.executor import torch_executor
+from stallfree.executor import swap_store, torch_executor
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.server import completions
 
@@ -82,7 +84,19 @@ def faults_of(engine: AsyncEngine) -> dict[str, Fault]:
         "predictor": (budget, "predict", _always),
         "learning": (budget, "observe", _always),
         "completing": (Scheduler, "complete", _always),
+        "swap out": (swap_store._FileRows, "write", _always),
+        "swap in": (swap_store._FileRows, "read", _always),
     }
+
+
+def _error(name: str) -> Exception:
+    match name:
+        case "memory":
+            return MemoryError("no memory for this batch in /secret/place")
+        case "swap out" | "swap in":
+            return OSError(errno.EIO, os.strerror(errno.EIO))
+        case _:
+            return InjectedError(f"{name} failed in /secret/place")
 
 
 def _failing(name: str, fault: Fault) -> Any:
@@ -91,9 +105,7 @@ def _failing(name: str, fault: Fault) -> Any:
 
     def failing(*arguments: Any, **named: Any) -> Any:
         if is_struck(*arguments, **named):
-            if name == "memory":
-                raise MemoryError("no memory for this batch in /secret/place")
-            raise InjectedError(f"{name} failed in /secret/place")
+            raise _error(name)
         return original(*arguments, **named)
 
     return patch.object(owner, attribute, failing)

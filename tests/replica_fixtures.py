@@ -77,7 +77,7 @@ class ThreadFleet:
             self.add()
 
     def add(self) -> None:
-        replica = Replica(self.place, self.settings, self._ended)
+        replica = Replica(self.place, self.settings, self._ended, self.count)
         engine = replica.engine.engine
         self.counters.append(Counter())
         engine.observers.add(self.counters[-1])

@@ -13,7 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_fixtures import ENGINE, Stream, model_in, note, seconds_until, server, start, stop
+from fault_fixtures import (
+    ENGINE,
+    Stream,
+    fill,
+    model_in,
+    note,
+    seconds_until,
+    server,
+    small_disk,
+    start,
+    stop,
+)
 from fault_process import DAY_S
 from tiny_models import byte_level_vocabulary, write_gguf
 
@@ -35,28 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Write a file until there is no room; the file."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while file.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                continue
-    return filler
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 @needs_int8
@@ -93,7 +84,7 @@ def test_a_kernel_is_compiled_on_a_full_disk(disk: Path, tmp_path: Path) -> None
         "def double(x):\n"
         "    return 2 * x\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_faults_disk import fill\n"
+        "from fault_fixtures import fill\n"
         f"fill(Path({str(disk)!r}))\n"
         "print(double(21))\n"
     )

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from fault_fixtures import Server, Stream, model_in, note, seconds_until, server, stop
+from fault_fixtures import Stream, model_in, note, seconds_until, server, stop, workers
 from tiny import save_tiny_model
 
 PROMPT = [9, 11, 13, 17] * 450
@@ -39,14 +39,6 @@ def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
         own.check_nothing_left(before)
         assert stop(own) == 0
     note("no memory for an iteration", seen="nothing: it is run in parts", healthy=healthy_s)
-
-
-def workers(own: Server) -> list[int]:
-    """The processes of a server's model."""
-    children = Path(f"/proc/{own.process.pid}/task")
-    pids = [int(pid) for each in children.glob("*/children") for pid in each.read_text().split()]
-    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
-    return [pid for pid, title in titles.items() if "stallfree.executor.worker" in title]
 
 
 def limit_memory(pid: int) -> None:

@@ -29,7 +29,7 @@ from stallfree.errors import (
     ReplicaLostError,
 )
 from stallfree.replicas.launch import launch
-from stallfree.replicas.messages import Events, Hello, Ready, Report, Submit
+from stallfree.replicas.messages import Events, Hello, Ready, Report, Submit, Welcome
 from stallfree.replicas.roster import Roster
 from stallfree.replicas.wire import Gate, connect, has_ended
 
@@ -226,6 +226,7 @@ def test_a_replica_that_says_nothing_is_lost(settings: EngineSettings) -> None:
                     await asyncio.sleep(0.01)
                 asked = asyncio.create_task(ask(front, "one", [1], GREEDY))
                 await asyncio.sleep(0)
+                assert await asyncio.to_thread(mute.recv) == Welcome(is_first=False)
                 assert isinstance(await asyncio.to_thread(mute.recv), Submit)
                 while front.is_ready:
                     await asyncio.sleep(0.05)

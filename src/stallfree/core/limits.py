@@ -6,7 +6,7 @@ leave nobody stuck. Nothing here chooses who runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ def no_limits(load: Load) -> Limits:
 
 
 def limits_of(
-    budget: TokenBudget, load: Load, running: Sequence[Request], waiting: WaitingQueue
+    budget: TokenBudget, load: Load, running: Collection[Request], waiting: WaitingQueue
 ) -> Limits:
     """Those that a budget sets.
 
@@ -69,7 +69,7 @@ def limits_of(
     return Limits(tokens, admissions, load.flex_decodes[:count], flex_tokens)
 
 
-def _tokens(budget: TokenBudget, load: Load, running: Sequence[Request]) -> int:
+def _tokens(budget: TokenBudget, load: Load, running: Collection[Request]) -> int:
     """The budget, clamped at zero; a tile at least if there is no answer to hold up."""
     tokens = max(0, budget.tokens(load))
     if tokens or load.decodes or any(request.in_flight for request in running):

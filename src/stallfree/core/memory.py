@@ -63,6 +63,11 @@ class Memory:
         self.watermark_blocks = int(watermark * pool.num_blocks)
         self.num_asked = self.num_hit = 0
 
+    @property
+    def swaps(self) -> bool:
+        """Whether there is a swap space."""
+        return self._swap is not None
+
     def num_found(self, request: Request) -> int:
         """Tokens of a request that waits whose KV is there, or in the swap space."""
         found = self.cache.find(request)

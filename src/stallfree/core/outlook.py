@@ -7,7 +7,7 @@ budget's to know.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from stallfree.core.request import Request, RequestState
 from stallfree.core.waiting import WaitingQueue
@@ -19,11 +19,11 @@ class Outlook:
     """Looks ahead of whoever runs and waits at the moment.
 
     Args:
-        running: the scheduler's own list, which changes under it.
+        running: the scheduler's own, which change under it.
         waiting: the scheduler's queue.
     """
 
-    def __init__(self, running: Sequence[Request], waiting: WaitingQueue) -> None:
+    def __init__(self, running: Iterable[Request], waiting: WaitingQueue) -> None:
         self._running = running
         self._waiting = waiting
         self._answers: deque[int] = deque(maxlen=_LAST_ANSWERS)  # tokens of each

@@ -8,25 +8,25 @@ or what runs the batch.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from stallfree.core.batch import Batch
 from stallfree.core.blocks import BlockPool, IntegrityError
 from stallfree.core.budget import TokenBudget
 from stallfree.core.fairness import TokenCounters
-from stallfree.core.leaders import without_followers
 from stallfree.core.limits import Limits, limits_of, no_limits
 from stallfree.core.load import Load
 from stallfree.core.memory import Memory
 from stallfree.core.outlook import Outlook
-from stallfree.core.policies import POLICIES, Candidate, View
+from stallfree.core.policies import POLICIES, View
+from stallfree.core.prefill_line import PrefillLine
 from stallfree.core.proposal_check import PolicyError, checked_batch
 from stallfree.core.request import FinishReason, Request, RequestState
+from stallfree.core.running import RunningRequests
 from stallfree.core.scheduler_config import SchedulerConfig
 from stallfree.core.swap import SwapSpace
 from stallfree.core.targets import RANKS
+from stallfree.core.turns import DecodeTurns
 from stallfree.core.waiting import WaitingQueue
 from stallfree.errors import ContextLengthError, InvalidRequestError
 
@@ -45,14 +45,12 @@ class Scheduler:
 
     Attributes:
         waiting: requests that wait, in order.
-        running: admitted requests, by tier, then in order of arrival.
+        running: admitted requests, in order.
         outlook: what lies ahead of them.
         counters: of what each user got, with fairness.
         num_left_waiting: how many requests of each rank and lower ones the last iteration left
             waiting.
-        preemptions: how many there were, by cause: `memory` (for the next token of others), `tier`
-            (for a prompt that goes before it) or `lost` (with what ran it).
-        swapped: those of them after which KV was kept in the swap space.
+        preemptions, swapped: see `RunningRequests`.
 
     Raises:
         ConfigError: the pool is too small for what the policy reserves for one request.
@@ -72,20 +70,17 @@ class Scheduler:
         self.swap = swap
         self.policy = POLICIES[config.policy]
         self.counters = TokenCounters() if config.is_fair else None
-        self.waiting = WaitingQueue(config.prefill_order, self.counters)
-        self.running: list[Request] = []
-        self.outlook = Outlook(self.running, self.waiting)
         self._requests: dict[str, Request] = {}
         self._memory = Memory(config, pool, salt, swap)
         self._cache = self._memory.cache
+        self.waiting = WaitingQueue(config.prefill_order, self.counters)
+        self.running = RunningRequests(config, self._memory, self.waiting)
+        self.outlook = Outlook(self.running, self.waiting)
+        self.preemptions, self.swapped = self.running.preemptions, self.running.swapped
         self.num_left_waiting = [0] * len(RANKS)
-        self.preemptions: Counter[str] = Counter()
-        self.swapped: Counter[str] = Counter()
-        self._returning: Request | None = None  # whose KV may be copied in by the next batch
-        self._is_pressed = False  # one was preempted for memory, and requests have waited since
+        self._turns = DecodeTurns(config.num_stages)
         self._num_arrivals = 0
         self._decodes_ran_last = False
-        self._left_out: dict[str, int] = {}  # decodes without a share of the last batch, in line
 
     @property
     def has_requests(self) -> bool:
@@ -143,23 +138,21 @@ class Scheduler:
         `now` is the engine's clock in seconds.
         """
         num_waiting = len(self.waiting)
-        self._is_pressed &= num_waiting > 0
-        self._returning = None
-        ready = self._grow_running()
+        ready = self.running.grow()
         may_admit = len(self.waiting) == num_waiting  # nobody was preempted to let others grow
-        if may_admit:
-            ready = self._displace_flex(ready)
-        if self.config.num_stages > 1:
-            ready = self._share(ready)
-        load = Load(ready)
+        line = PrefillLine(self.running, self.waiting, self._memory)
+        if may_admit and self.running.displace_flex(line.requests([], True, is_flex=False)):
+            ready = [request for request in ready if request.state is RequestState.RUNNING]
+        load = Load(self._turns.share(ready, self.running))
         load.copy_s = self._memory.most_copy_s(may_admit=may_admit and len(self.waiting) > 0)
         limits = self._limits(load)
-        proposals = self.policy.propose(self._view(load, limits, may_admit))
+        proposals = self.policy.propose(self._view(load, limits, line, may_admit))
         if not proposals:
             return None
-        batch = checked_batch(proposals, limits.most_tokens, self._memory.num_found, self._may_run)
+        may_run, num_found = self.running.may_run, self._memory.num_found
+        batch = checked_batch(proposals, limits.most_tokens, num_found, may_run)
         own = [chunk.request for chunk in batch.chunks]
-        self._admit([request for request in own if request.state is RequestState.WAITING])
+        self.running.admit([request for request in own if request.state is RequestState.WAITING])
         for chunk in batch.chunks:
             request = chunk.request
             if request.first_scheduled_at is None:
@@ -176,18 +169,18 @@ class Scheduler:
             return limits_of(self.budget, load, self.running, self.waiting)
         return no_limits(load)
 
-    def _view(self, load: Load, limits: Limits, may_admit: bool) -> View:
+    def _view(self, load: Load, limits: Limits, line: PrefillLine, may_admit: bool) -> View:
         """What the policy is shown."""
         return View(
             decodes=load.decodes,
             flex_decodes=limits.flex_decodes,
             under_way=load.prefills,
-            prefills=self._candidates(load.prefills, may_admit, is_flex=False),
-            flex_prefills=self._candidates(load.prefills, may_admit, is_flex=True),
+            prefills=line.candidates(load.prefills, may_admit, is_flex=False),
+            flex_prefills=line.candidates(load.prefills, may_admit, is_flex=True),
             num_running=len(self.running),
             free_blocks=self.pool.num_free,
             watermark_blocks=self._memory.watermark_blocks,
-            growth_blocks=self._growth_blocks,
+            growth_blocks=self.running.growth_blocks,
             max_num_seqs=self.config.max_num_seqs,
             max_admissions=limits.admissions,
             token_limit=limits.tokens,
@@ -251,7 +244,7 @@ class Scheduler:
             if request.pending_finish is not None:
                 self._end_pending(request)
         for request in list(self.running):
-            self._preempt(request, "lost")
+            self.running.preempt(request, "lost")
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request from outside, such as for a stop string or a client that left.
@@ -277,139 +270,6 @@ class Scheduler:
             id(request) for request in self._requests.values()
         }:
             raise IntegrityError("the queues and the table of live requests disagree")
-
-    def _grow_running(self) -> list[Request]:
-        """Give each running request the block of its next token, preempting the last of the last.
-
-        Returns those that are ready to run, by tier and arrival.
-        """
-        ready = []
-        block_size = self.pool.block_size
-        for request in list(self.running):
-            if request.state is not RequestState.RUNNING or not self._may_run(request):
-                continue
-            if request.num_tokens <= len(request.block_table) * block_size:
-                ready.append(request)
-                continue
-            missing = self._memory.missing_blocks(request)
-            while missing > self.pool.num_free and request.state is RequestState.RUNNING:
-                self._preempt(next(r for r in reversed(self.running) if not r.in_flight), "memory")
-                self._is_pressed = True
-            if request.state is RequestState.RUNNING:
-                request.block_table += self.pool.allocate(missing)
-                ready.append(request)
-        return ready
-
-    @property
-    def _growth_blocks(self) -> int:
-        """What admissions leave for each running request."""
-        return self.config.growth_blocks if self._is_pressed else 0
-
-    def _may_run(self, request: Request) -> bool:
-        """Whether a running request may be in the next batch."""
-        if not request.in_flight:
-            return True
-        reads_on = request.num_remaining_tokens > 0 and request.pending_finish is None
-        return reads_on and self.config.sequence_pipelining
-
-    def _share(self, ready: list[Request]) -> list[Request]:
-        """Without the decodes that are beyond this batch's share of all, as others are in flight.
-
-        Those that were left out before go first, in the order in which that befell them.
-        """
-        decodes = [request for request in ready if request.is_decode]
-        num_decodes = sum(request.num_output_tokens > 0 for request in self.running)
-        share = -(-num_decodes // self.config.num_stages)
-        line = self._left_out
-        decodes.sort(key=lambda request: line.get(request.request_id, len(line)))
-        self._left_out = {each.request_id: place for place, each in enumerate(decodes[share:])}
-        return [request for request in ready if request.request_id not in self._left_out]
-
-    def _displace_flex(self, ready: list[Request]) -> list[Request]:
-        """Preempt `flex` requests, the latest first, while one of another tier lacks their room.
-
-        Returns those of `ready` that are left.
-        """
-        if not self.running or not self.running[-1].is_flex or self.policy.reserves_context:
-            return ready
-        candidate = next(self._in_line([], may_admit=True, is_flex=False), None)
-        if candidate is None:
-            return ready
-        victims = [r for r in reversed(self.running) if r.is_flex and not r.in_flight]
-        watermark, growth = self._memory.watermark_blocks, self._growth_blocks
-        num_staying = len(self.running) - len(victims)
-        if self._memory.most_left(candidate, victims) < watermark + growth * (num_staying + 1):
-            return ready  # all of it would not be enough
-        for victim in victims:
-            num_running = len(self.running)
-            left = self.pool.num_free - self._memory.blocks_taken(candidate)
-            has_room = left >= watermark + growth * (num_running + 1)
-            if has_room and num_running < self.config.max_num_seqs:
-                break
-            self._preempt(victim, "tier")
-        return [request for request in ready if request.state is RequestState.RUNNING]
-
-    def _preempt(self, request: Request, cause: str) -> None:
-        self.preemptions[cause] += 1
-        request.move_to(RequestState.WAITING)
-        self.swapped[cause] += self._memory.preempt(request, keeps=cause != "lost")
-        request.num_computed_tokens = request.num_confirmed_tokens = 0
-        request.num_preemptions += 1
-        self.running.remove(request)
-        self._cache.remove(request)
-        self._cache.add(request)
-        self.waiting.add(request)
-
-    def _candidates(
-        self, under_way: Sequence[Request], may_admit: bool, *, is_flex: bool
-    ) -> Iterator[Candidate]:
-        """Prefills under way and, if some may be admitted, waiting ones: of `flex`, or the rest."""
-        for request in self._in_line(under_way, may_admit, is_flex=is_flex):
-            if request.state is RequestState.RUNNING:
-                yield Candidate(request, request.num_remaining_tokens)
-            else:
-                yield Candidate(
-                    request,
-                    num_tokens=request.num_tokens - self._memory.num_found(request),
-                    num_blocks=self._memory.blocks_taken(request),
-                    is_waiting=True,
-                )
-
-    def _in_line(
-        self, under_way: Sequence[Request], may_admit: bool, *, is_flex: bool
-    ) -> Iterator[Request]:
-        """Those that may run or be admitted, in order: not those whose beginning others compute."""
-        own = [request for request in under_way if request.is_flex == is_flex]
-        line = self.waiting.in_order(own, may_admit, is_flex=is_flex)
-        line = without_followers(line, self._cache, self.pool, self.running)
-        return line if self.swap is None else self._with_one_returning(line, own, is_flex)
-
-    def _with_one_returning(
-        self, line: Iterator[Request], under_way: Sequence[Request], is_flex: bool
-    ) -> Iterator[Request]:
-        """Without those that wait from the second one on whose KV is copied in.
-
-        So that one iteration does not copy for many, and nobody overtakes those that were
-        preempted.
-        """
-        rest = list(under_way)
-        for request in line:
-            if request.state is RequestState.RUNNING:
-                rest.remove(request)
-            elif self._memory.is_swapped(request):
-                if self._returning not in (None, request):
-                    break
-                self._returning = request
-            yield request
-        yield from self.waiting.in_order(rest, False, is_flex=is_flex)
-
-    def _admit(self, requests: Sequence[Request]) -> None:
-        self._memory.admit(requests)
-        for request in requests:
-            self.waiting.remove(request)
-            request.num_found_tokens = request.num_shared_tokens = 0
-            request.move_to(RequestState.RUNNING)
-            insort(self.running, request, key=lambda each: (each.targets.rank, each.arrival))
 
     def _end_pending(self, request: Request) -> None:
         """End a request that is to end, once no batch holds it."""

@@ -25,44 +25,16 @@ from stallfree.engine.meter import Meter
 from stallfree.engine.outputs import Delta
 from stallfree.engine.reading import EngineReading, read
 from stallfree.engine.served import ReplicaState
+from stallfree.engine.streams import Stream, Streams
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.engine.trace import EngineTrace
 from stallfree.engine.trace_recorder import TraceRecorder
-from stallfree.errors import (
-    EngineError,
-    EngineStoppedError,
-    ExecutorError,
-    InvalidRequestError,
-    WorkersLostError,
-)
+from stallfree.errors import EngineStoppedError, ExecutorError, WorkersLostError
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.02
 _TEND_S = 1.0  # how soon it is noticed that an idle process of the model has ended
-
-
-class _Stream:
-    """Where the deltas of one request go: a queue of one event loop."""
-
-    def __init__(self, num_completions: int) -> None:
-        self.open = set(range(num_completions))  # completions that have not ended
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-
-    def put(self, item: Delta | Exception | None) -> None:
-        """Deliver from the engine's thread: a delta, why it was refused, or None: accepted."""
-        try:
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-        except RuntimeError:  # the event loop has closed: nobody listens any more
-            logger.debug("a delta came after its event loop had closed")
-
-    async def get(self) -> Delta | None:
-        """What is next; raises why the request was refused."""
-        item = await self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
 
 
 class AsyncEngine:
@@ -85,7 +57,7 @@ class AsyncEngine:
         engine.observers.add(self._meter)
         engine.observers.add(self._recorder)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams = Streams()
         self._draining = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="stallfree-engine", daemon=True)
@@ -193,10 +165,7 @@ class AsyncEngine:
             EngineStoppedError: the engine takes no more requests.
         """
         await self.check(prompt_token_ids, params, targets)
-        if request_id in self._streams:
-            raise InvalidRequestError(f"request id {request_id!r} is in use")
-        stream = _Stream(params.n)
-        self._streams[request_id] = stream
+        stream = self._streams.open(request_id, params.n)
         add = partial(
             self.engine.add, request_id, prompt_token_ids, params, targets, cache_salt=cache_salt
         )
@@ -210,7 +179,7 @@ class AsyncEngine:
                 num_open -= delta is not None and delta.finish_reason is not None
                 yield delta
         finally:
-            self._streams.pop(request_id, None)
+            self._streams.close(request_id)
             if num_open:
                 self._inbox.put(lambda: self.engine.abort(request_id))
 
@@ -237,9 +206,9 @@ class AsyncEngine:
         return True
 
     def _abort_all(self) -> None:
-        for request_id in list(self._streams):
+        for request_id in self._streams.request_ids:
             self._inbox.put(partial(self.engine.abort, request_id))
-        self._end_all("abort", EngineStoppedError("the server is shutting down"))
+        self._streams.end_all("abort", EngineStoppedError("the server is shutting down"))
 
     def _check_accepting(self) -> None:
         if self.error is not None:
@@ -250,7 +219,7 @@ class AsyncEngine:
     def _death(self) -> EngineStoppedError:
         return EngineStoppedError(f"the engine has died: {self.error!r}")
 
-    def _add(self, stream: _Stream, add: Callable[[], None]) -> None:
+    def _add(self, stream: Stream, add: Callable[[], None]) -> None:
         try:
             add()
         except Exception as error:  # one that is not expected is its client's alone, too
@@ -267,17 +236,17 @@ class AsyncEngine:
             while True:
                 self._take_commands()
                 if self._stopping:
-                    self._end_all("abort", EngineStoppedError("the engine was stopped"))
+                    self._streams.end_all("abort", EngineStoppedError("the engine was stopped"))
                     return
                 for delta in self.engine.step():
-                    self._deliver(delta)
+                    self._streams.deliver(delta)
         except BaseException as error:
             if isinstance(error, WorkersLostError):  # its message says all
                 logger.error("the engine has ended: %s", error)
             else:
                 logger.exception("the engine has died")
             self.error = error
-            self._end_all("error", ExecutorError(f"the engine has died: {error!r}"))
+            self._streams.end_all("error", ExecutorError(f"the engine has died: {error!r}"))
             if self.on_death is not None:
                 self.on_death(error)
         finally:
@@ -292,15 +261,3 @@ class AsyncEngine:
             self.engine.tend()
         while not self._inbox.empty():
             self._inbox.get_nowait()()
-
-    def _deliver(self, delta: Delta) -> None:
-        stream = self._streams.get(delta.request_id)
-        if stream is not None:
-            if delta.finish_reason is not None:
-                stream.open.discard(delta.index)
-            stream.put(delta)
-
-    def _end_all(self, reason: str, error: EngineError) -> None:
-        for request_id, stream in list(self._streams.items()):
-            for index in sorted(stream.open):
-                stream.put(Delta(request_id, index, "", finish_reason=reason, error=error))

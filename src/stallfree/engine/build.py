@@ -20,7 +20,7 @@ from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.load import load_model
-from stallfree.engine.memory import default_share, free_bytes
+from stallfree.engine.memory import ALONE, Neighbours, default_share, free_bytes
 from stallfree.engine.profile import Profile, cached_profile, measure_profile
 from stallfree.engine.progress import progress
 from stallfree.engine.settings import EngineSettings
@@ -43,7 +43,11 @@ _SALT_BYTES = 32
 
 
 def build_engine(
-    settings: EngineSettings, *, show_progress: bool = True, launcher: Launcher | None = None
+    settings: EngineSettings,
+    *,
+    show_progress: bool = True,
+    launcher: Launcher | None = None,
+    neighbours: Neighbours = ALONE,
 ) -> Engine:
     """Load the model and make an engine for it.
 
@@ -51,6 +55,7 @@ def build_engine(
         settings: of the engine.
         show_progress: on stderr, if that is a terminal.
         launcher: starts the processes of the model, if there are several; None as settings say.
+        neighbours: engines that share this machine.
 
     Raises:
         ConfigError: the settings do not go together, or with this machine.
@@ -82,11 +87,12 @@ def build_engine(
     with ExitStack() as undo:
         undo.callback(model.close)
         token_bytes = model.footprint.kv_bytes_per_token
-        pool = BlockPool(_num_blocks(settings, token_bytes, context, device), settings.block_size)
+        num_blocks = _num_blocks(settings, token_bytes, context, device, neighbours)
+        pool = BlockPool(num_blocks, settings.block_size)
         executor = model.make_executor(pool)
         swapping = None
         if settings.swaps:
-            swapping = Swapping(settings, executor, pool, token_bytes, device)
+            swapping = Swapping(settings, executor, pool, token_bytes, device, neighbours)
         max_model_len = min(context, pool.num_tokens)
         facts = EngineFacts(
             model_name=source.name,
@@ -221,7 +227,11 @@ def _context(settings: EngineSettings, config: ModelConfig) -> int:
 
 
 def _num_blocks(
-    settings: EngineSettings, token_bytes: int, context: int, device: torch.device
+    settings: EngineSettings,
+    token_bytes: int,
+    context: int,
+    device: torch.device,
+    neighbours: Neighbours,
 ) -> int:
     """Blocks of the KV cache: as asked or a share of free memory, and no more than of use."""
     block_size = settings.block_size
@@ -229,9 +239,11 @@ def _num_blocks(
     memory = settings.kv_cache_memory_bytes or int(default_share(device) * free_bytes(device))
     most_useful = settings.max_num_seqs * -(-context // block_size)
     num_blocks = min(memory // block_bytes, most_useful)
-    if num_blocks * block_bytes > free_bytes(device):
+    each = neighbours if device.type == "cpu" else ALONE  # nobody shares a GPU
+    if each.num_starting * num_blocks * block_bytes > free_bytes(device):
         raise ConfigError(
-            f"kv_cache_memory is {memory} bytes, but {free_bytes(device)} are free on {device}"
+            f"kv_cache_memory is {memory} bytes{each.in_each}, but {free_bytes(device)} are free "
+            f"on {device}"
         )
     if num_blocks < 1:
         raise ConfigError(

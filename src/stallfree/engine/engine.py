@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from stallfree.core.admission import Admission
 from stallfree.core.batch import Batch, Copies
 from stallfree.core.counter_random import mix
-from stallfree.core.request import FinishReason, Request
+from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.clock import Clock
-from stallfree.engine.completion import Completion
+from stallfree.engine.completions import Completions
 from stallfree.engine.facts import EngineFacts
 from stallfree.engine.iteration_file import IterationFile
 from stallfree.engine.loop import Iteration, Loop, OneStage
-from stallfree.engine.losses import Losses
+from stallfree.engine.losses import Losses, start_anew
 from stallfree.engine.observer import IterationRecord, Observers
 from stallfree.engine.outputs import Delta
 from stallfree.engine.request_check import RequestCheck
@@ -32,13 +32,10 @@ from stallfree.errors import (
     OverloadedError,
     WorkersLostError,
 )
-from stallfree.executor.output import Executor, ExecutorOutput, WorkerPipeline
+from stallfree.executor.output import Executor, WorkerPipeline
 from stallfree.executor.rerun import RerunningPipeline
 
-_RESTARTS = 5  # attempts to start workers anew, as those may be lost too
-
 logger = logging.getLogger(__name__)
-first_token_logger = logging.getLogger("stallfree.first_token")
 
 
 class Engine:
@@ -92,6 +89,7 @@ class Engine:
         self._check = RequestCheck(facts, self._tiers)
         self.admission = admission or Admission()
         self.observers = Observers()
+        self._completions = Completions(scheduler, tokenizer, clock, self.observers)
         self.is_restarting = False
         self._iteration_file = iteration_file
         one = OneStage(lambda: self.executor, copy)
@@ -101,9 +99,6 @@ class Engine:
         self._seed = seed
         self._num_added = 0
         self._is_checked = True  # that no KV block is lost, since the last step
-        self._completions: dict[str, Completion] = {}  # by the scheduler's request id
-        self._request_ids: dict[str, list[str]] = {}  # ours to the scheduler's
-        self._predicted_s: dict[str, float] = {}  # to the first token, by the scheduler's id
 
     @property
     def model_name(self) -> str:
@@ -165,18 +160,17 @@ class Engine:
             OverloadedError: too much waits already.
         """
         max_tokens = self.check(prompt_token_ids, params, targets)
-        if request_id in self._request_ids:
+        if request_id in self._completions:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         self._num_added += 1
         seed = params.seed if params.seed is not None else mix(self._seed, self._num_added)
         now = self.clock.now()
         prompt = tuple(prompt_token_ids)
-        ids = [f"{request_id}/{index}" for index in range(params.n)]
         requests = []
-        for index, own_id in enumerate(ids):
+        for index in range(params.n):
             own = params if index == 0 else dataclasses.replace(params, prompt_logprobs=None)
             request = Request(
-                own_id,
+                f"{request_id}/{index}",
                 prompt,
                 own,
                 max_tokens=max_tokens,
@@ -193,26 +187,11 @@ class Engine:
         except OverloadedError as error:
             self.observers.refused(requests[0].targets, error)
             raise
-        if predicted_s is not None:
-            self._predicted_s[ids[0]] = predicted_s
-        added = self._request_ids[request_id] = []
-        try:
-            for index, request in enumerate(requests):
-                completion = Completion(request_id, index, request, self.tokenizer)
-                self.scheduler.add(request)
-                self._completions[request.request_id] = completion
-                added.append(request.request_id)
-                self.observers.added(request)
-        except BaseException:  # all of them or none
-            self.abort(request_id)
-            self._request_ids.pop(request_id, None)
-            self._predicted_s.pop(ids[0], None)
-            raise
+        self._completions.add(request_id, requests, predicted_s)
 
     def abort(self, request_id: str) -> None:
         """End all completions of a request; unknown ids are ignored, as it may just have ended."""
-        for own_id in list(self._request_ids.get(request_id, ())):
-            self._finish(self._completions[own_id], FinishReason.ABORT)
+        self._completions.abort(request_id)
 
     def close(self) -> None:
         """End what runs the model, if that is more than this process."""
@@ -262,13 +241,13 @@ class Engine:
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
             if not isinstance(error, Exception):  # an interrupt
-                self._fail(batch, error)
+                self._completions.fail_batch(batch, error)
                 raise error
             logger.error("an iteration of %d tokens failed", batch.num_tokens, exc_info=error)
-            return self._fail(batch, error)
+            return self._completions.fail_batch(batch, error)
         if self._losses is not None:
             self._losses.forget(batch)
-        deltas = self._report(batch, iteration.output)
+        deltas = self._completions.report(batch, iteration.output)
         if not self.has_requests:
             self._note_room()
         seconds = self._loop.observe(iteration)
@@ -306,95 +285,12 @@ class Engine:
         if self._losses is None or self._workers is None:
             raise error
         logger.error("the workers are started anew: %s", error)
-        self._restart(self._workers)
+        self.scheduler.recompute(())  # all KV is lost with them
+        self.is_restarting = True
+        start_anew(self._workers)
+        self.is_restarting = False
+        if not self._workers.can_swap:
+            self.scheduler.stop_swapping(())
         kind = OutOfMemoryError if error.no_memory else ExecutorError
         reason = kind(f"the workers that ran this request were lost again and again: {error}")
-        own = [self._completions.get(own_id) for own_id in self._losses.note(lost)]
-        return [self._failure(each, reason) for each in own if each is not None]
-
-    def _restart(self, workers: WorkerPipeline) -> None:
-        """Begin anew, again if a worker is lost even while it starts; all KV is lost with them."""
-        self.scheduler.recompute(())
-        self.is_restarting = True
-        for attempt in range(_RESTARTS):
-            try:
-                workers.restart()
-                break
-            except WorkersLostError as error:
-                if attempt == _RESTARTS - 1:
-                    raise
-                logger.error("the workers are started anew again: %s", error)
-        self.is_restarting = False
-        if not workers.can_swap:
-            self.scheduler.stop_swapping(())
-
-    def _report(self, batch: Batch, output: ExecutorOutput) -> list[Delta]:
-        for own_id, logprobs in output.prompt_logprobs.items():
-            chunk = next(c for c in batch.chunks if c.request.request_id == own_id)
-            if own_id in self._completions:
-                self._completions[own_id].add_prompt_logprobs(chunk.start, logprobs)
-        deltas = []
-        for own_id, error in output.failed.items():
-            if own_id in self._completions:
-                deltas.append(self._failure(self._completions[own_id], _reason(error)))
-        for chunk, sample in zip(batch.sampling, output.samples, strict=True):
-            completion = self._completions.get(chunk.request.request_id)
-            if completion is None:  # it failed, or was aborted while it was in flight
-                continue
-            if sample.error is not None:
-                deltas.append(self._failure(completion, ExecutorError(sample.error)))
-                continue
-            self._log_first_token(completion.request)
-            try:
-                delta = completion.add(sample)
-            except Exception as error:
-                logger.exception("the text of %s cannot be made", completion.request.request_id)
-                deltas.append(self._failure(completion, _reason(error)))
-                continue
-            if delta.finish_reason is not None:
-                self._finish(completion, FinishReason.STOP)
-            deltas.append(delta)
-        return deltas
-
-    def _log_first_token(self, request: Request) -> None:
-        """Say when the first token of a request came, beside what was predicted."""
-        predicted_s = self._predicted_s.pop(request.request_id, None)
-        if predicted_s is not None:
-            came_s = self.clock.now() - request.arrived_at
-            message = "first token of %s (%s): predicted after %.3f s, came after %.3f s"
-            tier = request.targets.tier
-            first_token_logger.info(message, request.request_id, tier, predicted_s, came_s)
-
-    def _fail(self, batch: Batch, error: BaseException) -> list[Delta]:
-        reason = _reason(error)
-        completions = [self._completions.get(chunk.request.request_id) for chunk in batch.chunks]
-        return [self._failure(each, reason) for each in completions if each is not None]
-
-    def _failure(self, completion: Completion, error: EngineError) -> Delta:
-        self._finish(completion, FinishReason.ERROR)
-        return Delta(
-            completion.request_id,
-            completion.index,
-            "",
-            finish_reason=FinishReason.ERROR.value,
-            error=error,
-        )
-
-    def _finish(self, completion: Completion, reason: FinishReason) -> None:
-        """Forget a completion, and end its request if the scheduler has not."""
-        request = completion.request
-        self.scheduler.finish(request, reason)
-        self.observers.ended(request, request.finish_reason or reason, self.clock.now())
-        self._predicted_s.pop(request.request_id, None)
-        del self._completions[request.request_id]
-        siblings = self._request_ids[completion.request_id]
-        siblings.remove(request.request_id)
-        if not siblings:
-            del self._request_ids[completion.request_id]
-
-
-def _reason(error: BaseException) -> ExecutorError:
-    """What is said of a request that failed with `error`."""
-    message = f"the iteration that held this request failed: {type(error).__name__}: {error}"
-    no_memory = isinstance(error, MemoryError | OutOfMemoryError)
-    return OutOfMemoryError(message) if no_memory else ExecutorError(message)
+        return self._completions.fail(self._losses.note(lost), reason)

@@ -1,13 +1,35 @@
-"""Which requests were in flight whenever the workers were lost: one of them may be the cause."""
+"""When workers are lost: starting them anew, and which requests may be the cause of it."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 
 from stallfree.core.batch import Batch
+from stallfree.errors import WorkersLostError
+from stallfree.executor.output import WorkerPipeline
 
 MOST_LOSSES = 3
+_STARTS = 5  # attempts to start workers anew, as those may be lost too
+
+logger = logging.getLogger(__name__)
+
+
+def start_anew(workers: WorkerPipeline) -> None:
+    """Start lost workers anew, and again if one is lost even while it starts.
+
+    Raises:
+        WorkersLostError: one was lost at each attempt.
+    """
+    for attempt in range(1, _STARTS + 1):
+        try:
+            workers.restart()
+            return
+        except WorkersLostError as error:
+            if attempt == _STARTS:
+                raise
+            logger.error("the workers are started anew again: %s", error)
 
 
 class Losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,32 @@ GPU_SHARE = 0.85
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Engines with the same settings that share the memory of this machine.
+
+    Memory that is taken is not missed before it is written to: so who starts beside others counts
+    what all of them take, and who starts later finds that theirs is missing.
+
+    Attributes:
+        num_engines: how many there are, this one included.
+        num_starting: how many of them start now, this one included.
+    """
+
+    num_engines: int = 1
+    num_starting: int = 1
+
+    @property
+    def in_each(self) -> str:
+        """What is said after an amount that each of them takes."""
+        if self.num_starting == 1:
+            return ""
+        return f" in each of {self.num_starting} copies of the model on this machine"
+
+
+ALONE = Neighbours()
 
 
 def default_share(device: torch.device) -> float:

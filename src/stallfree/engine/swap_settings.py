@@ -39,7 +39,8 @@ class SwapSettings(CachingSettings):
             "Most KV of preempted requests that is kept: 2GiB, 512MiB, 1.5GB or plain bytes.",
             "BYTES",
             name="swap_space",
-            unset="as much as the KV cache, but at most half of the memory that is left",
+            unset="as much as the KV cache, but at most half of the memory that is left; copies "
+            "of the model share that",
             parse=parse_bytes,
             panel="Memory",
         ),

@@ -11,7 +11,7 @@ from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget, TokenBudget
 from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context
 from stallfree.core.swap import SwapCosts, SwapSpace
-from stallfree.engine.memory import free_bytes
+from stallfree.engine.memory import Neighbours, free_bytes
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import ConfigError
 from stallfree.executor.distributed import DistributedPipeline
@@ -37,6 +37,7 @@ class Swapping:
         pool: the blocks of the cache.
         token_bytes: of a token in the cache.
         device: where the cache is.
+        neighbours: engines that share this machine; together they ask for no more than there is.
 
     Raises:
         ConfigError: there is no room for it.
@@ -51,10 +52,11 @@ class Swapping:
         pool: BlockPool,
         token_bytes: int,
         device: torch.device,
+        neighbours: Neighbours,
     ) -> None:
         self._block_size = pool.block_size
         block_bytes = pool.block_size * token_bytes
-        num_bytes = _num_bytes(settings, pool.num_blocks * block_bytes, device)
+        num_bytes = swap_bytes(settings, pool.num_blocks * block_bytes, device, neighbours)
         self._num_slots = num_bytes // block_bytes
         if self._num_slots < 1:
             raise ConfigError(
@@ -106,8 +108,10 @@ class Swapping:
         self._store.copy([(out.block, out.slot) for out in copies.outs], copies.ins)
 
 
-def _num_bytes(settings: EngineSettings, kv_bytes: int, device: torch.device) -> int:
-    """What the swap space takes, in all processes together.
+def swap_bytes(
+    settings: EngineSettings, kv_bytes: int, device: torch.device, neighbours: Neighbours
+) -> int:
+    """What the swap space takes, in all processes of this engine together.
 
     Raises:
         ConfigError: it is more host memory than there is.
@@ -116,11 +120,12 @@ def _num_bytes(settings: EngineSettings, kv_bytes: int, device: torch.device) ->
     if settings.swap_dir is not None:  # whether its disk has the room is known once it is made
         return asked or kv_bytes
     free = free_bytes(torch.device("cpu"))
-    if device.type == "cpu":  # where the cache was allocated, but not written to
-        free = max(0, free - kv_bytes)
-    if asked is not None and asked > free:
+    if device.type == "cpu":  # where caches were allocated, but not written to
+        free = max(0, free - neighbours.num_starting * kv_bytes)
+    limit = free // neighbours.num_starting
+    if asked is not None and asked > limit:
         raise ConfigError(
-            f"swap_space is {asked} bytes, but {free} are free beside the KV cache: lower it, or "
-            "name a folder in swap_dir"
+            f"swap_space is {asked} bytes{neighbours.in_each}, but {free} are free beside the KV "
+            f"cache: lower it to at most {limit}, or name a folder in swap_dir"
         )
-    return asked or min(kv_bytes, free // 2)
+    return asked or min(kv_bytes, free // 2 // neighbours.num_engines)

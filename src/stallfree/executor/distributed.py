@@ -1,4 +1,4 @@
-"""A model in several processes, as one `Pipeline`: sends every batch to all, and watches them.
+"""A model in several processes, as one `Pipeline`: sends every batch to all, and collects it.
 
 Nothing about a request is kept anywhere but here and in its KV blocks: block tables travel with
 each batch.
@@ -7,42 +7,24 @@ each batch.
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from stallfree.core.batch import Batch
 from stallfree.errors import CopyError, ExecutorError, OutOfMemoryError, WorkersLostError
 from stallfree.executor.launch import Launcher, WorkerProcess
-from stallfree.executor.line import Line, pickled
-from stallfree.executor.messages import (
-    Crashed,
-    Done,
-    Loaded,
-    MakeCache,
-    MakeSwap,
-    Ready,
-    Run,
-    WorkerSpec,
-)
+from stallfree.executor.messages import Done, MakeCache, MakeSwap, Ready, Run, WorkerSpec
 from stallfree.executor.output import ExecutorOutput
 from stallfree.executor.stage_log import StageLog
 from stallfree.executor.step import step_of
 from stallfree.executor.swap_store import CopyTimes
+from stallfree.executor.worker_group import WorkerGroup
 from stallfree.model.loading import Footprint
 
 START_TIMEOUT_S = 900.0  # loading a large model from a slow disk, or compiling kernels
-_CULPRIT_S = 2.0  # how long the end of a process may take to be noticed
-
-Message = Loaded | Ready
-_Answer = TypeVar("_Answer", Loaded, Ready)
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +33,7 @@ class DistributedPipeline:
     """Processes that run a model together. Also an `Executor`, for one batch at a time.
 
     Args:
-        specs: of all workers, by rank; their `store` is filled in.
+        specs: of all workers, by rank.
         launcher: starts them.
         timeout_s: how long a batch may take before its workers count as lost.
         log: told of each batch that went through a stage.
@@ -76,8 +58,7 @@ class DistributedPipeline:
         self._last = next(spec.rank for spec in specs if spec.following is None)
         self._make_cache: MakeCache | None = None
         self._make_swap: MakeSwap | None = None
-        self._workers: list[WorkerProcess] = []
-        self._lines: list[Line] = []
+        self._group = WorkerGroup(specs, launcher)
         started = time.monotonic()
         try:
             self.footprint = self._start()
@@ -90,7 +71,7 @@ class DistributedPipeline:
     @property
     def workers(self) -> Sequence[WorkerProcess]:
         """The processes, by rank."""
-        return self._workers
+        return self._group.processes
 
     def make_cache(self, num_blocks: int, block_size: int) -> None:
         """Have every worker allocate the KV cache of its layers.
@@ -100,8 +81,7 @@ class DistributedPipeline:
             WorkersLostError: one ended.
         """
         self._make_cache = MakeCache(num_blocks, block_size)
-        self._tell_all(self._make_cache)
-        self._hear_all(Ready)
+        self._make(self._make_cache)
 
     @property
     def can_swap(self) -> bool:
@@ -119,9 +99,8 @@ class DistributedPipeline:
             WorkersLostError: one ended.
         """
         self._make_swap = MakeSwap(num_slots, folder)
-        self._tell_all(self._make_swap)
         slowest: dict[int, CopyTimes] = {}  # by the first layer of a stage
-        for rank, ready in self._hear_all(Ready).items():
+        for rank, ready in self._make(self._make_swap).items():
             assert ready.times is not None, "a swap space is measured"
             stage = self._specs[rank].part.first_layer
             slowest[stage] = ready.times.slower_of(slowest.get(stage, ready.times))
@@ -134,7 +113,7 @@ class DistributedPipeline:
         """Send a batch through the stages."""
         run = Run(self._num_submitted, step_of(batch))
         self.log.submitted(run.step_id, batch, time.monotonic())
-        self._tell_all(run)
+        self._group.tell_all(run)
         self._in_flight.append(run.step_id)
         self._num_submitted += 1
 
@@ -174,7 +153,7 @@ class DistributedPipeline:
         Raises:
             WorkersLostError: one has.
         """
-        while not self._inbox.empty():
+        while self._group.has_news:
             self._hear(time.monotonic() + 1, str)
 
     def restart(self) -> None:
@@ -193,7 +172,7 @@ class DistributedPipeline:
             self.restart()
 
     def _begin_anew(self) -> None:
-        self._end_workers()
+        self._group.end()
         self._start()
         if self._make_cache is not None:
             self.make_cache(self._make_cache.num_blocks, self._make_cache.block_size)
@@ -202,7 +181,7 @@ class DistributedPipeline:
 
     def close(self) -> None:
         """End all workers, and what is written of them."""
-        self._end_workers()
+        self._group.end()
         self._launcher.close()
         self.log.close()
 
@@ -211,98 +190,32 @@ class DistributedPipeline:
         self.log.restarted()
         self._in_flight: deque[int] = deque()
         self._num_done = dict.fromkeys((spec.rank for spec in self._specs), 0)
-        self._broken: str | None = None  # what one said that could not reach another
         self._outputs: dict[int, ExecutorOutput | None] = {}
         self._failures: dict[int, dict[int, Done]] = {}  # by batch and rank
-        self._inbox: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        host = self._launcher.host
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        address = (host, self._store.port)
-        self._specs = [replace(spec, store=address) for spec in self._specs]
-        inbox = self._inbox
-        try:
-            for spec in self._specs:
-                worker = self._launcher.start(spec)
-                self._workers.append(worker)
-                self._lines.append(Line(worker.connection, partial(_post, inbox, spec.rank)))
-            footprints = [each.footprint for each in self._hear_all(Loaded).values()]
-        except BaseException:
-            self._end_workers()
-            raise
+        loaded = self._group.start(self._start_timeout_s)
+        footprints = [each.footprint for each in loaded.values()]
         return Footprint(
             sum(each.num_parameters for each in footprints),
             sum(each.weight_bytes for each in footprints),
             sum(each.kv_bytes_per_token for each in footprints),
         )
 
-    def _end_workers(self) -> None:
-        for line in self._lines:
-            line.close()
-        for worker in self._workers:
-            worker.kill()
-        self._workers, self._lines = [], []
+    def _make(self, message: MakeCache | MakeSwap) -> dict[int, Ready]:
+        """Have every worker make something; what each said when it was there."""
+        self._group.tell_all(message)
+        return self._group.hear_all(Ready, self._start_timeout_s)
 
-    def _tell_all(self, message: MakeCache | MakeSwap | Run) -> None:
-        payload = pickled(message)
-        try:
-            for line in self._lines:
-                line.put(payload)
-        except BaseException:  # some have it, some have not
-            self._end_workers()
-            raise
-
-    def _hear_all(self, kind: type[_Answer]) -> dict[int, _Answer]:
-        """One message of a kind from every worker."""
-        heard: dict[int, _Answer] = {}
-        deadline = time.monotonic() + self._start_timeout_s
-
-        def silent() -> str:
-            missing = next(spec for spec in self._specs if spec.rank not in heard)
-            return f"{missing.name} has not started within {self._start_timeout_s:.0f} s"
-
-        while len(heard) < len(self._specs):
-            answer = self._hear(deadline, silent)
-            if answer is None:
-                continue
-            rank, message = answer
-            if isinstance(message, Ready) and message.error is not None:
-                self._end_workers()
-                raise MemoryError(f"{self._specs[rank].name}: {message.error}")
-            assert isinstance(message, kind), f"{message} came instead of {kind}"
-            heard[rank] = message
-        return heard
-
-    def _hear(self, deadline: float, silent: Callable[[], str]) -> tuple[int, Message] | None:
-        """What a worker says next; None if that was of a batch, which is taken note of.
-
-        If one could not reach another, it waits a moment for which of them that was.
+    def _hear(self, deadline: float, silent: Callable[[], str]) -> None:
+        """Take note of what a worker says next, which is of a batch.
 
         Raises:
-            WorkersLostError: one has ended; or all are silent until the deadline, with `silent()`.
+            WorkersLostError: see `WorkerGroup.hear`.
         """
-        if not self._workers:
-            raise WorkersLostError("the processes of the model have ended")
-        if self._broken is not None:
-            deadline = min(deadline, time.monotonic() + _CULPRIT_S)
-        try:
-            rank, message = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise self._lost(self._broken or silent()) from None
-        name = self._specs[rank].name
-        match message:
-            case None:
-                how = self._workers[rank].how_it_ended()
-                raise self._lost(f"{name} was lost: {how}")
-            case Crashed(by_others=True):
-                self._broken = f"{name} lost contact:\n{message.traceback}"
-            case Crashed():
-                said = f"{name} failed:\n{message.traceback}"
-                raise self._lost(said, no_memory=message.no_memory)
-            case Done():
-                self._note(rank, message)
-            case _:
-                return rank, message
-        return None
+        answer = self._group.hear(deadline, silent)
+        if answer is not None:
+            rank, message = answer
+            assert isinstance(message, Done), f"{message} came while batches run"
+            self._note(rank, message)
 
     def _note(self, rank: int, done: Done) -> None:
         """A batch went through a worker."""
@@ -321,12 +234,3 @@ class DistributedPipeline:
         stage = [each for each in waiting if each.part.layers == waiting[0].part.layers]
         names = " or ".join(each.name for each in stage)
         return f"{names} has not answered for {self._timeout_s:g} s"
-
-    def _lost(self, message: str, *, no_memory: bool = False) -> WorkersLostError:
-        """End what is left of the workers: they cannot run without each other."""
-        self._end_workers()
-        return WorkersLostError(message, no_memory=no_memory)
-
-
-def _post(inbox: queue.SimpleQueue[tuple[int, Any]], rank: int, message: Any) -> None:
-    inbox.put((rank, message))

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import pad
 
 from stallfree.core.counter_random import uniform
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.model.draw import BLOCK, column, draw, draw_cut, in_blocks
 
-_CUT_WIDTHS = (256, 4096)  # likeliest tokens to sort before sorting the whole vocabulary
 _DRAWN_AT_ONCE = 8  # rows whose probabilities are held: more is slower, and memory goes up and down
-_BLOCK = 128  # columns that are drawn from together: most vocabularies are whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +54,13 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[int | None]
         if not (row.params.is_greedy or is_broken):
             drawn[_cuts(row.params)].append(index)
     for cuts, indices in drawn.items():
-        draw = _draw_cut if cuts else _draw
         for first in range(0, len(indices), _DRAWN_AT_ONCE):
             some = indices[first : first + _DRAWN_AT_ONCE]
             chosen, own = torch.tensor(some, device=logits.device), [rows[index] for index in some]
-            tokens[chosen] = draw(_probabilities(logits[chosen], tops[chosen], own), own)
+            probs = _probabilities(logits[chosen], tops[chosen], own)
+            uniforms = _uniforms(own, probs)
+            params = [row.params for row in own]
+            tokens[chosen] = draw_cut(probs, uniforms, params) if cuts else draw(probs, uniforms)
     tokens[broken] = -1
     return [token if token >= 0 else None for token in tokens.tolist()]
 
@@ -95,7 +95,7 @@ def _penalize_repetition(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> No
         seen[index, _distinct(tuple(row.prompt_token_ids)).to(logits.device)] = True
         seen[index, torch.tensor(row.output_token_ids, dtype=torch.int64)] = True
     own = torch.tensor(list(penalized), device=logits.device)
-    penalty = _column([row.params.repetition_penalty for row in penalized.values()], logits)
+    penalty = column([row.params.repetition_penalty for row in penalized.values()], logits)
     values = logits[own]
     changed = torch.where(values > 0, values / penalty, values * penalty)
     logits[own] = torch.where(seen, changed, values)
@@ -116,8 +116,8 @@ def _penalize_output(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> None:
     vocab = logits.shape[-1]
     keys, counts = (pairs[0] * vocab + pairs[1]).unique(return_counts=True)
     own = keys // vocab
-    presence = _column([row.params.presence_penalty for row in rows], logits)[:, 0]
-    frequency = _column([row.params.frequency_penalty for row in rows], logits)[:, 0]
+    presence = column([row.params.presence_penalty for row in rows], logits)[:, 0]
+    frequency = column([row.params.frequency_penalty for row in rows], logits)[:, 0]
     logits[own, keys % vocab] -= presence[own] + frequency[own] * counts
 
 
@@ -151,26 +151,18 @@ def _likeliest_each(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     By blocks: `argmax` alone reads at a sixth of the speed.
     """
-    blocks = _in_blocks(logits, -torch.inf)
+    blocks = in_blocks(logits, -torch.inf)
     block = blocks.amax(dim=-1).argmax(dim=-1)
     own = blocks[torch.arange(len(logits), device=logits.device), block]
     tops, columns = own.max(dim=-1)
-    return block * _BLOCK + columns, tops
-
-
-def _in_blocks(values: torch.Tensor, filler: float) -> torch.Tensor:
-    """`values` (R, n) as (R, blocks, `_BLOCK`), the last one filled up."""
-    missing = -values.shape[-1] % _BLOCK
-    if missing:
-        values = pad(values, (0, missing), value=filler)
-    return values.unflatten(-1, (-1, _BLOCK))
+    return block * BLOCK + columns, tops
 
 
 def _probabilities(
     logits: torch.Tensor, tops: torch.Tensor, rows: Sequence[SamplerRow]
 ) -> torch.Tensor:
     """Of tokens (R, V) at each row's temperature, from logits and the largest of each row."""
-    temperature = _column([row.params.temperature for row in rows], logits)
+    temperature = column([row.params.temperature for row in rows], logits)
     return torch.softmax((logits - tops[:, None]) / temperature, dim=-1)
 
 
@@ -181,84 +173,4 @@ def _cuts(params: SamplingParams) -> bool:
 def _uniforms(rows: Sequence[SamplerRow], like: torch.Tensor) -> torch.Tensor:
     """A number (R, 1) in [0, 1) for the next token of each row."""
     numbers = [uniform(row.seed, row.num_output_tokens) for row in rows]
-    return _column(numbers, like, torch.float64)
-
-
-def _draw(probs: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-    """Draw from all tokens of each row of `probs` (R, V)."""
-    return _invert(probs, _uniforms(rows, probs))
-
-
-def _draw_cut(probs: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
-    """Draw from the likeliest tokens of each row of `probs` (R, V).
-
-    As few tokens are sorted as the row's own cuts need, whatever the other rows need: how many
-    are sorted decides the order of equals.
-    """
-    params, uniforms = [row.params for row in rows], _uniforms(rows, probs)
-    vocab = probs.shape[-1]
-    top_k = _column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], probs)
-    top_p = _column([p.top_p for p in params], probs)
-    min_p = _column([p.min_p for p in params], probs)
-    tokens = torch.empty(len(params), dtype=torch.int64, device=probs.device)
-    todo = torch.ones(len(params), dtype=torch.bool, device=probs.device)
-    for width in (*_CUT_WIDTHS, vocab):
-        values, ids = probs.topk(min(width, vocab), dim=-1)
-        enough = values.sum(dim=-1, keepdim=True) >= top_p
-        enough |= values[:, -1:] < min_p * values[:, :1]
-        sorted_far = torch.where(top_k < vocab, top_k <= width, enough)[:, 0]
-        now = todo & (sorted_far | (width >= vocab))
-        kept = _keep(values[now], top_k[now], top_p[now], min_p[now], vocab)
-        picked = _invert(kept, uniforms[now])
-        tokens[now] = ids[now].gather(1, picked[:, None])[:, 0]
-        todo &= ~now
-        if not todo.any():
-            break
-    return tokens
-
-
-def _keep(
-    values: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    vocab: int,
-) -> torch.Tensor:
-    """Probabilities (R, n), likeliest first, with those that are cut set to zero.
-
-    top_k first, then top_p of what is left, then min_p against the likeliest.
-    """
-    rank = torch.arange(values.shape[-1], device=values.device)
-    kept = torch.where(rank < top_k, values, 0)
-    before = kept.cumsum(dim=-1) - kept
-    total = torch.where(top_k < vocab, kept.sum(dim=-1, keepdim=True), 1)
-    kept = torch.where((before < top_p * total) | (rank == 0), kept, 0)
-    return torch.where(kept >= min_p * kept[:, :1], kept, 0)
-
-
-def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Columns of `weights` (R, n) drawn in proportion, by one number (R, 1) in [0, 1) each.
-
-    First a block of columns is drawn, then a column of it: sums of blocks are much faster than a
-    running sum of all.
-    """
-    blocks = _in_blocks(weights, 0.0)
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
-    cumulative = sums.cumsum(dim=-1)
-    targets = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
-    block = torch.searchsorted(cumulative, targets, right=True)
-    own = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=-1)
-    rest = (targets - (cumulative - sums).gather(1, block)).clamp(min=0)
-    rest = _below(rest, own[:, -1:])
-    return (block * _BLOCK + torch.searchsorted(own, rest, right=True))[:, 0]
-
-
-def _below(values: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """Values, cut to what is less than their limits."""
-    return torch.minimum(values, limits.nextafter(torch.zeros_like(limits)))
-
-
-def _column(
-    values: Sequence[float], like: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
+    return column(numbers, like, torch.float64)

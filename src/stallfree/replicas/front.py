@@ -1,7 +1,7 @@
 """Several replicas behind the face of one engine.
 
-A request goes to the replica that `core.routing` chooses. If that one is lost before any of the
-answer came, the request goes to another; otherwise it fails, and says why.
+A request goes to one replica (`dispatch`). If that one is lost before any of the answer came, the
+request goes to another; otherwise it fails, and says why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
-from stallfree.core import routing
 from stallfree.core.budget import Squeezed
 from stallfree.core.counter_random import mix
 from stallfree.core.sampling_params import SamplingParams
@@ -28,12 +27,9 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
-    NoReplicaError,
-    OverloadedError,
     ReplicaLostError,
 )
-from stallfree.replicas.member import Member
-from stallfree.replicas.prefixes import blocks_of
+from stallfree.replicas.dispatch import Dispatcher, no_replica
 from stallfree.replicas.roster import Roster
 from stallfree.replicas.trace import FleetTrace
 
@@ -64,7 +60,6 @@ class ReplicatedEngine:
         self.tokenizer = tokenizer
         self._roster = roster
         self._seed, self._num_added = settings.seed, 0
-        self._keeps_prefixes = settings.prefix_caching
         self._requests: set[str] = set()  # that run
         self._kept: set[str] = set()  # that may run again
         self._draining = self._aborting = False
@@ -76,6 +71,8 @@ class ReplicatedEngine:
             load_s=max(each.load_s for each in known),
         )
         self._refuse = RequestCheck(self.facts, settings.tiers)
+        block_size = self.facts.block_size if settings.prefix_caching else None
+        self._dispatcher = Dispatcher(roster, block_size)
 
     @property
     def num_running(self) -> int:
@@ -183,7 +180,9 @@ class ReplicatedEngine:
         is_accepted = has_output = False
         try:
             for attempt in range(1, _ATTEMPTS + 1):
-                deltas = self._run(request_id, prompt_token_ids, params, targets, cache_salt)
+                deltas = self._dispatcher.run(
+                    request_id, prompt_token_ids, params, targets, cache_salt
+                )
                 try:
                     async with aclosing(deltas):
                         async for delta in deltas:
@@ -257,43 +256,8 @@ class ReplicatedEngine:
         self, prompt_token_ids: Sequence[int], params: SamplingParams, targets: Targets
     ) -> None:
         if not self.is_ready:
-            raise _no_replica()
+            raise no_replica()
         self._refuse(prompt_token_ids, params, targets)
-
-    async def _run(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        targets: Targets,
-        cache_salt: str | None,
-    ) -> AsyncGenerator[Delta | None, None]:
-        """Run a request on the best replica, or on the next if that has too much to do."""
-        blocks: list[int] = []
-        if self._keeps_prefixes:
-            blocks = blocks_of(prompt_token_ids, self.facts.block_size, cache_salt)
-        tried: set[Member] = set()
-        refusal: OverloadedError | None = None
-        while member := self._choose(len(prompt_token_ids), blocks, tried):
-            tried.add(member)
-            deltas = member.run(
-                request_id, prompt_token_ids, params, targets, blocks, cache_salt=cache_salt
-            )
-            try:
-                async with aclosing(deltas):
-                    async for delta in deltas:
-                        yield delta
-                return
-            except OverloadedError as error:
-                refusal = refusal or error
-        raise refusal or _no_replica()
-
-    def _choose(self, num_tokens: int, blocks: Sequence[int], tried: set[Member]) -> Member | None:
-        """The replica whose first token is predicted to come first, of those not tried."""
-        members = [each for each in self._roster.ready if each not in tried]
-        if not members:
-            return None
-        return members[routing.choose([each.offer(blocks) for each in members], num_tokens)]
 
     def _seeded(self, params: SamplingParams) -> SamplingParams:
         """With the seed that one engine would draw: replicas that draw their own draw the same."""
@@ -302,7 +266,3 @@ class ReplicatedEngine:
             return params
         drawn = mix(self._seed, self._num_added)
         return replace(params, seed=drawn if drawn <= MAX_SEED else max(drawn - 2**64, -MAX_SEED))
-
-
-def _no_replica() -> NoReplicaError:
-    return NoReplicaError("no copy of the model is ready; one is being started")

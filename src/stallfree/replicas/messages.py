@@ -1,9 +1,10 @@
 """What a front and a replica tell each other, over one connection.
 
-A replica says `Hello` at once and `Ready` when its model is loaded, or `Failed`; then `Events`, for
-each iteration one, and when nothing happens as a sign of life. It is sent `Submit` and `Abort`. It
-answers `Measure` with `Measured`, and `Record`, then `StopRecording`, with `Recorded` messages. The
-end of the connection is the end of the replica: whatever comes in its place is another one.
+A replica says `Hello` at once, is told `Welcome`, and says `Ready` when its model is loaded, or
+`Failed`; then `Events`, for each iteration one, and when nothing happens as a sign of life. It is
+sent `Submit` and `Abort`. It answers `Measure` with `Measured`, and `Record`, then `StopRecording`,
+with `Recorded` messages. The end of the connection is the end of the replica: whatever comes in its
+place is another one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ class Hello:
 
     host: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """It is to load the model.
+
+    Attributes:
+        is_first: whether all replicas start now; if not, it comes in place of one that was lost.
+    """
+
+    is_first: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class RayReplica:
         self._place = place
         self._application: str = serve.get_replica_context().app_name
         try:
-            self._replica = Replica(place, _shared(settings, num_here), self._end)
+            self._replica = Replica(place, _shared(settings, num_here), self._end, num_here)
         except ConnectionRefusedError:
             self._forget()
             raise

@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.build import build_engine
+from stallfree.engine.memory import Neighbours
 from stallfree.engine.settings import EngineSettings
 from stallfree.engine.trace import EngineTrace
 from stallfree.errors import EngineError, StallfreeError
@@ -35,6 +36,7 @@ from stallfree.replicas.messages import (
     Report,
     StopRecording,
     Submit,
+    Welcome,
 )
 from stallfree.replicas.outlook import ReplicaOutlook, engine_id
 from stallfree.replicas.wire import connect, hang_up
@@ -53,6 +55,7 @@ class Replica:
         place: of the front.
         settings: of the engine.
         on_end: called in a thread, when the connection to the front has ended.
+        num_here: replicas that share this machine.
 
     Attributes:
         engine: what runs the requests.
@@ -65,12 +68,17 @@ class Replica:
     """
 
     def __init__(
-        self, place: Place, settings: EngineSettings, on_end: Callable[[], None] = lambda: None
+        self,
+        place: Place,
+        settings: EngineSettings,
+        on_end: Callable[[], None] = lambda: None,
+        num_here: int = 1,
     ) -> None:
         self._connection = connect(place)
         self._connection.send(Hello(socket.gethostname(), os.getpid()))
+        neighbours = Neighbours(num_here, num_here if self._is_first() else 1)
         try:
-            engine = build_engine(settings, show_progress=False)
+            engine = build_engine(settings, show_progress=False, neighbours=neighbours)
         except BaseException as error:
             told = error if isinstance(error, StallfreeError) else EngineError(repr(error))
             with suppress(OSError):
@@ -89,6 +97,15 @@ class Replica:
             target=lambda: asyncio.run(self._serve()), name="stallfree-replica", daemon=True
         )
         self._thread.start()
+
+    def _is_first(self) -> bool:
+        """Whether all replicas start now, as the front says."""
+        try:
+            welcome = self._connection.recv()
+        except EOFError as error:
+            raise ConnectionResetError("the front has ended") from error
+        assert isinstance(welcome, Welcome), f"{welcome} came first"
+        return welcome.is_first
 
     @property
     def error(self) -> BaseException | None:

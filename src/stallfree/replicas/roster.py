@@ -17,7 +17,16 @@ from typing import Any, Protocol
 
 from stallfree.errors import ReplicaLostError, StallfreeError, WorkersLostError
 from stallfree.replicas.member import Member
-from stallfree.replicas.messages import Events, Failed, Hello, Measured, Place, Ready, Recorded
+from stallfree.replicas.messages import (
+    Events,
+    Failed,
+    Hello,
+    Measured,
+    Place,
+    Ready,
+    Recorded,
+    Welcome,
+)
 from stallfree.replicas.wire import Gate, hang_up
 
 LOADING_TIMEOUT_S = 900.0  # of a large model from a slow disk, or with kernels to compile
@@ -136,6 +145,7 @@ class Roster:
         """A replica calls; in a thread of its own."""
         try:
             hello = connection.recv()
+            connection.send(Welcome(is_first=self._loop is None))
         except (EOFError, OSError):
             connection.close()
             return
