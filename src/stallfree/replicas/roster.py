@@ -17,7 +17,16 @@ from typing import Any, Protocol
 
 from stallfree.errors import ReplicaLostError, StallfreeError, WorkersLostError
 from stallfree.replicas.member import Member
-from stallfree.replicas.messages import Events, Failed, Hello, Measured, Place, Ready, Recorded
+from stallfree.replicas.messages import (
+    Events,
+    Failed,
+    Hello,
+    Looked,
+    Measured,
+    Place,
+    Ready,
+    Recorded,
+)
 from stallfree.replicas.wire import Gate, hang_up
 
 LOADING_TIMEOUT_S = 900.0  # of a large model from a slow disk, or with kernels to compile
@@ -168,7 +177,7 @@ class Roster:
             case Ready(facts):
                 member.is_loaded(facts)
                 logger.info("%s is ready", member.name)
-            case Events() | Measured() | Recorded():
+            case Events() | Measured() | Looked() | Recorded():
                 member.take(message)
 
     def _lose(self, member: Member, reason: str) -> None:
