@@ -21,6 +21,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.model.config import ModelConfig
 from stallfree.model.model_input import ModelInput, Rows
+from stallfree.model.peers import Exchange
 
 BLOCK = 16  # tokens
 SCALE_BYTES = 4  # of each output of an int8 matrix
@@ -182,7 +183,7 @@ class _TimedDecoder:
     """Another decoder, and how long it took since `seconds` was last set to 0."""
 
     def __init__(self, inner: Any) -> None:
-        self._inner = inner
+        self._inner, self.part = inner, inner.part
         self.seconds = 0.0
 
     def forward(
@@ -192,6 +193,9 @@ class _TimedDecoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._timed(lambda: self._inner.logits(hidden))
+
+    def exchanges(self, rows: int, logits: Sequence[int]) -> list[Exchange]:
+        return list(self._inner.exchanges(rows, logits))
 
     def _timed(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         made: list[torch.Tensor] = []

@@ -257,11 +257,11 @@ from stallfree.model.gguf import GgufWeights
 from stallfree.model.weights import SafetensorsWeights
 
 def cutting(read):
-    def tensor(self, name):
+    def tensor(self, *asked):
         for file in self.opened:
             if file.suffix != ".json":
                 os.truncate(file, 4096)
-        return read(self, name)
+        return read(self, *asked)
     return tensor
 
 for kind in (GgufWeights, SafetensorsWeights):

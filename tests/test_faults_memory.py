@@ -15,10 +15,16 @@ HEADROOM = 96 << 20
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wide_model(tmp_path_factory.mktemp("memory"))
+
+
+def save_wide_model(folder: Path) -> Path:
     """A tiny model with a wide layer: 2,000 tokens at once take 500 MB there."""
-    folder = tmp_path_factory.mktemp("memory") / "wide"
     return save_tiny_model(
-        folder, initializer_range=0.2, intermediate_size=32_768, max_position_embeddings=4096
+        folder / "wide",
+        initializer_range=0.2,
+        intermediate_size=32_768,
+        max_position_embeddings=4096,
     )
 
 

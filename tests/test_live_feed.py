@@ -16,10 +16,10 @@ from stallfree.core.targets import Targets
 from stallfree.engine.async_engine import AsyncEngine
 from stallfree.engine.build import build_engine
 from stallfree.engine.engine import Engine
+from stallfree.engine.live_feed import MAX_RECORDS, History, LiveFeed
 from stallfree.engine.settings import ServerSettings
 from stallfree.errors import OverloadedError
 from stallfree.server.dashboard import Feed
-from stallfree.server.live_feed import MAX_RECORDS, History, LiveFeed
 from stallfree.server.service import Service
 
 PROMPT = list(range(5, 45))
@@ -152,24 +152,24 @@ def test_a_history_keeps_the_latest_and_says_from_where() -> None:
 
 
 def test_a_watcher_that_reads_slowly_is_told_what_it_lost(engine: Engine) -> None:
-    feed = Feed(Service(AsyncEngine(engine), ServerSettings()), engine)
-    engine.observers.add(feed.live)
+    served = AsyncEngine(engine)
+    feed, live = Feed(Service(served, ServerSettings())), served.view._feed
     size = 64
-    feed.live.history = History(size)
+    live.history = History(size)
 
     def parsed(data: bytes) -> dict[str, Any]:
         event: dict[str, Any] = json.loads(data.removeprefix(b"data: "))
         return event
 
     async def watch() -> None:
-        events: AsyncGenerator[bytes, None] = feed.events("alice")
+        events: AsyncGenerator[bytes, None] = feed.events("alice", None)
         snapshot = parsed(await anext(events))
         assert (snapshot["type"], snapshot["next"], snapshot["requests"]) == ("snapshot", 0, [])
         assert feed.watchers == {"alice": 1}
-        while feed.live.history.count < 2 * size:
+        while live.history.count < 2 * size:
             engine.add("again", PROMPT, GREEDY)
             run(engine)
-        count = feed.live.history.count
+        count = live.history.count
         event = parsed(await anext(events))
         assert (event["first"], event["lost"]) == (count - size + 1, count - size + 1)
         assert len(event["records"]) == size - 1

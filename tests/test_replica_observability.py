@@ -1,4 +1,4 @@
-"""What is told of several replicas: metrics of each, one trace of all, and no live page."""
+"""What is told of several replicas: metrics of each, and one trace of all."""
 
 from __future__ import annotations
 
@@ -223,10 +223,3 @@ def test_one_trace_shows_all_replicas(server: RunningServer, fleet: ThreadFleet)
     bars = [e for e in events if e["ph"] == "X"]
     assert {e["pid"] for e in bars} >= {2 * r + ITERATIONS for r in (0, 1) if served[r]}
     assert all(started_us - 1e4 <= e["ts"] <= ended_us + 1e4 for e in bars)
-
-
-@pytest.mark.parametrize("path", ["/dashboard", "/dashboard/feed", "/dashboard/app.js"])
-def test_the_live_page_is_not_there_and_says_why(server: RunningServer, path: str) -> None:
-    answer = server.http.get(path)
-    assert answer.status_code == 404
-    assert "without --replicas only" in answer.json()["error"]["message"]

@@ -59,9 +59,9 @@ def _rows(
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"
     targets = {"Targets": text} if (text := _targets(engine)) else {}
-    copies, page = {}, {"Watch": f"{url}/dashboard"}
+    copies = {}
     if server.replicas > 1:
-        copies, page = {"Copies": f"{server.replicas} on Ray Serve, each as below"}, {}
+        copies = {"Copies": f"{server.replicas} on Ray Serve, each as below"}
     return {
         **copies,
         "Model": f"{facts.architecture}, {parameters} parameters, {facts.dtype}",
@@ -71,7 +71,7 @@ def _rows(
         "Context": f"{facts.max_model_len:,} tokens",
         "Device": f"{facts.device}, {threads}; loaded in {facts.load_s:.1f} s",
         "URL": f"{url}/v1",
-        **page,
+        "Watch": f"{url}/dashboard",
     }
 
 

@@ -21,6 +21,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.live_view import LiveView, Watched
 from stallfree.engine.meter import Meter
 from stallfree.engine.outputs import Delta
 from stallfree.engine.reading import EngineReading, read
@@ -45,6 +46,7 @@ class AsyncEngine:
 
     Attributes:
         engine: the engine; call nothing that changes it.
+        view: what it did of late, and does.
         error: what ended the loop, if it died.
         on_death: called with `error`, from the engine's thread.
     """
@@ -56,6 +58,7 @@ class AsyncEngine:
         self._meter, self._recorder = Meter(), TraceRecorder()
         engine.observers.add(self._meter)
         engine.observers.add(self._recorder)
+        self.view = LiveView(engine)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams = Streams()
         self._draining = False
@@ -123,6 +126,16 @@ class AsyncEngine:
     def trace(self) -> EngineTrace:
         """Record from now on; there is no recording under way."""
         return EngineTrace(self._recorder, self.now)
+
+    def watch(self, place: int | None) -> Watched:
+        """What the live page shows of the engine.
+
+        Raises:
+            InvalidRequestError: a `place` is asked for.
+        """
+        if place is not None:
+            raise InvalidRequestError(f"there is no replica {place}: it is one engine", "replica")
+        return self.view
 
     def start(self) -> None:
         """Start the engine's thread."""

@@ -12,6 +12,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import DEFAULT_TARGETS, Targets
 from stallfree.engine.engine import Engine
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.live_view import Watched
 from stallfree.engine.outputs import Delta
 from stallfree.engine.reading import EngineReading
 from stallfree.engine.tokenizer import Tokenizer
@@ -103,6 +104,15 @@ class ServedEngine(Protocol):
 
     def trace(self) -> Trace:
         """Record from now on; there is no recording under way."""
+        ...
+
+    def watch(self, place: int | None) -> Watched:
+        """What the live page shows: of the copy of the model at `place`, or of any.
+
+        Raises:
+            InvalidRequestError: there are no copies.
+            NoReplicaError: it is not ready.
+        """
         ...
 
     def start(self) -> None:

@@ -12,6 +12,8 @@ from stallfree.core.batch import Batch
 from stallfree.executor.output import ExecutorOutput, PositionLogprobs, Sample
 from stallfree.executor.step import SampledRow, ScoredRows, Step, step_of
 from stallfree.model.model_input import ModelInput
+from stallfree.model.part import ModelPart
+from stallfree.model.peers import Exchange
 from stallfree.model.sampler import likeliest, sample
 
 _NO_MEMORY = "DefaultCPUAllocator"  # what PyTorch's errors name when the CPU's memory is used up
@@ -21,11 +23,15 @@ LOGIT_ROWS = 64  # rows of logits held at once where a prompt's log probabilitie
 class _Decoder(Protocol):
     """What runs a batch: see `Decoder` and `Int8Decoder`."""
 
+    part: ModelPart
+
     def forward(
         self, batch: ModelInput, cache: Any, hidden: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def exchanges(self, rows: int, logits: Sequence[int]) -> list[Exchange]: ...
 
 
 class TorchExecutor:
@@ -50,7 +56,7 @@ class TorchExecutor:
         Raises:
             MemoryError: there is no memory for it.
         """
-        with _memory_errors(), torch.inference_mode():
+        with memory_errors(), torch.inference_mode():
             return self.decoder.forward(step.input, self.cache, hidden)
 
     def finish(self, step: Step, hidden: torch.Tensor) -> ExecutorOutput:
@@ -59,8 +65,17 @@ class TorchExecutor:
         Raises:
             MemoryError: there is no memory for it.
         """
-        with _memory_errors(), torch.inference_mode():
+        with memory_errors(), torch.inference_mode():
             return self._finish(step, hidden)
+
+    def exchanges(self, step: Step) -> list[Exchange]:
+        """What the processes of a stage exchange in `forward` and, if it is the last, `finish`."""
+        logits: list[int] = []
+        if self.decoder.part.is_last:
+            for rows in step.scored:
+                logits += (len(some) for some in _slices(rows))
+            logits += [len(step.sampled)] if step.sampled else []
+        return self.decoder.exchanges(len(step.input.token_ids), logits)
 
     def _finish(self, step: Step, hidden: torch.Tensor) -> ExecutorOutput:
         prompt_logprobs = {rows.request_id: self._score(rows, hidden) for rows in step.scored}
@@ -72,19 +87,25 @@ class TorchExecutor:
     def _score(self, rows: ScoredRows, hidden: torch.Tensor) -> tuple[PositionLogprobs, ...]:
         """Log probabilities of the tokens that follow rows of a prompt."""
         result: list[PositionLogprobs] = []
-        for low in range(0, len(rows.targets), LOGIT_ROWS):
-            some = rows.targets[low : low + LOGIT_ROWS]
-            first = rows.first_row + low
+        for some in _slices(rows):
+            first = rows.first_row + some.start
             logprobs = self.decoder.logits(hidden[first : first + len(some)]).log_softmax(dim=-1)
             result += (
-                _position(row, token, rows.num_logprobs)
-                for row, token in zip(logprobs, some, strict=True)
+                _position(row, rows.targets[index], rows.num_logprobs)
+                for row, index in zip(logprobs, some, strict=True)
             )
         return tuple(result)
 
 
+def _slices(rows: ScoredRows) -> Iterator[range]:
+    """Which of the rows get their logits at once."""
+    count = len(rows.targets)
+    for low in range(0, count, LOGIT_ROWS):
+        yield range(low, min(low + LOGIT_ROWS, count))
+
+
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Have what PyTorch raises for want of memory be a MemoryError."""
     try:
         yield

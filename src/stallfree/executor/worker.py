@@ -38,11 +38,11 @@ from stallfree.executor.messages import (
 )
 from stallfree.executor.step import Step
 from stallfree.executor.swap_store import SwapStore
-from stallfree.executor.torch_executor import TorchExecutor
+from stallfree.executor.torch_executor import TorchExecutor, memory_errors
 from stallfree.model.config import ModelConfig
 from stallfree.model.int8_cache import int8_weights
 from stallfree.model.loading import Computation, Footprint, compile_kernels, load_decoder
-from stallfree.model.peers import Alone, GroupPeers, LostContactError, Peers, contact
+from stallfree.model.peers import Alone, GroupPeers, LostContactError, contact
 from stallfree.model.source import open_model
 
 _PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
@@ -102,8 +102,9 @@ class _Worker:
         self._connection, self._spec = connection, spec
         self._arrived: queue.SimpleQueue[_Arrived | MakeCache | MakeSwap] = queue.SimpleQueue()
         self._swap: SwapStore | None = None
+        self._has_failed = torch.empty(0)  # one number, of copying to and from it
         self._sent: tuple[Any, torch.Tensor] | None = None  # the last transfer and what it reads
-        self._peers: Peers = Alone()
+        self._peers: Alone | GroupPeers = Alone()
         self._line: Any = None  # the group of those that hidden states are sent to and come from
         self._new_hidden: Callable[[int], torch.Tensor] | None = None
 
@@ -143,6 +144,8 @@ class _Worker:
     def _make_swap(self, cache: Any, wanted: MakeSwap) -> None:
         try:
             self._swap = SwapStore(cache, wanted.num_slots, wanted.folder)
+            assert self._new_hidden is not None, "there is a KV cache before the weights"
+            self._has_failed = self._new_hidden(1)[:, :1]
             times = self._swap.measure()
         except (StallfreeError, OSError) as error:
             self._connection.send(Ready(str(error)))
@@ -201,16 +204,18 @@ class _Worker:
         try:
             if run.step.outs or run.step.ins:
                 self._copy(run.step)
+            self._peers.expect(executor.exchanges(run.step))
             hidden = executor.forward(run.step, received)
             if self._spec.following is None:
                 output = executor.finish(run.step, hidden)
         except LostContactError:
             raise
         except Exception as error:  # of this batch alone: the next stage is sent zeros
-            no_copy = isinstance(error, CopyError)
-            if self._spec.part.tp_size > 1 and not no_copy:  # its peers wait amid their layers
-                raise
-            failure, no_memory = traceback.format_exc(), isinstance(error, MemoryError)
+            no_copy, no_memory = isinstance(error, CopyError), isinstance(error, MemoryError)
+            failure = traceback.format_exc()
+        if failure is not None:  # the error's frames are gone, and what they held
+            with memory_errors():
+                self._peers.make_up()
         ended_s = time.monotonic()
         if self._spec.following is not None:
             self._send(run, hidden)
@@ -225,14 +230,12 @@ class _Worker:
             CopyError: it failed here or in a process that shares the layers; in all of them alike.
         """
         assert self._swap is not None, "there is no swap space"
-        assert self._new_hidden is not None, "a batch came before the weights"
         failure: CopyError | None = None
         try:
             self._swap.copy(step.outs, step.ins)
         except CopyError as error:
             failure = error
-        has_failed = self._new_hidden(1)[:, :1].fill_(failure is not None)
-        if self._peers.largest(has_failed).item():
+        if self._peers.largest(self._has_failed.fill_(failure is not None)).item():
             raise failure or CopyError("the swap space of a process with the same layers failed")
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:

@@ -8,7 +8,7 @@ Legend of shapes: T rows (tokens) of the batch, H query heads, K key heads, D he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from stallfree.model.mlp import ACTIVATIONS, Mlp, gated_mlp, mixture, plain_mlp
 from stallfree.model.model_input import ModelInput
 from stallfree.model.norms import Norm, make_norm, no_norm
 from stallfree.model.part import ModelPart, whole
-from stallfree.model.peers import Alone, Peers
+from stallfree.model.peers import Alone, Exchange, Peers
 from stallfree.model.rope import Rope, apply_rope
 from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
@@ -226,6 +226,13 @@ class Decoder:
         """Logits float32 (R, V) of rows (R, hidden) of what `forward` returned."""
         logits = self._peers.concat(self._lm_head(self._norm(hidden)))
         return logits[:, : self.config.vocab_size].float()
+
+    def exchanges(self, rows: int, logits: Sequence[int]) -> list[Exchange]:
+        """What `forward` of so many rows exchanges with peers, and `logits` of so many each."""
+        hidden = Exchange("sum", (rows, self.config.hidden_size), self.dtype, self.device)
+        made = [hidden] * (self.part.is_first + 2 * len(self._layers))
+        share = -(-self.config.vocab_size // self.part.tp_size)
+        return made + [Exchange("concat", (n, share), self.dtype, self.device) for n in logits]
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, hidden) of `token_ids` (T,), of which each peer has some."""

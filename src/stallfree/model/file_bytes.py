@@ -41,10 +41,26 @@ class FileBytes:
             WeightFileError: the file ends before, or cannot be read.
         """
         values = np.empty(count, np.uint8)
+        self._fill(values, start)
+        return values
+
+    def read_rows(self, start: int, rows: int, count: int, stride: int) -> npt.NDArray[np.uint8]:
+        """A new array (rows * count,): `count` bytes at `start`, then `stride` later, and so on.
+
+        Raises:
+            WeightFileError: as above.
+        """
+        values = np.empty(rows * count, np.uint8)
+        for number in range(rows):
+            self._fill(values[number * count : (number + 1) * count], start + number * stride)
+        return values
+
+    def _fill(self, values: npt.NDArray[np.uint8], start: int) -> None:
         done = 0
-        while done < count:
+        while done < len(values):
             try:
-                piece = os.pread(self._file, min(count - done, _PIECE_BYTES), start + done)
+                wanted = min(len(values) - done, _PIECE_BYTES)
+                piece = os.pread(self._file, wanted, start + done)
             except OSError as error:
                 raise WeightFileError(f"{self._path} cannot be read: {error.strerror}") from error
             if not piece:
@@ -55,4 +71,3 @@ class FileBytes:
                 )
             values[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
-        return values

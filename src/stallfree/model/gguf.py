@@ -18,6 +18,7 @@ import torch
 
 from stallfree.errors import UnsupportedModelError, WeightFileError
 from stallfree.model.config import ModelConfig
+from stallfree.model.cut import Cut
 from stallfree.model.gguf_config import architecture_of, end_token_ids, read_config
 from stallfree.model.gguf_header import GgufHeader, TensorInfo
 from stallfree.model.gguf_parser import read_header
@@ -82,23 +83,45 @@ class GgufWeights:
         """All names, as Hugging Face has them."""
         return frozenset(self._infos)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in float32.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor.
+
+        Raises:
+            WeightFileError: there is none of that name.
+        """
+        return self._info(name).shape
+
+    def tensor(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """The tensor, or a part of it, in float32.
+
+        Of a part all columns are read, and all of a matrix whose rows are in another order.
 
         Raises:
             WeightFileError: there is none of that name, or it cannot be read any more.
         """
+        info, heads = self._info(name), self._permuted_heads(name)
+        if cut is not None and not heads and len(info.shape) == 2:
+            info, cut = _some_rows(info, cut.ranges(info.shape)[0]), Cut(columns=cut.columns)
+        values = dequantize(self._header.data(info), info.kind).reshape(info.shape)
+        if heads:
+            values = _unpermute(values, heads)
+        elif name.endswith("norm.weight"):
+            values -= self._architecture.norms_hold
+        tensor = torch.from_numpy(values)
+        return tensor if cut is None else cut.of(tensor)
+
+    def _info(self, name: str) -> TensorInfo:
         info = self._infos.get(name)
         if info is None:
             raise WeightFileError(f"{self._header.path} has no weight {name}")
-        values = dequantize(self._header.data(info), info.kind).reshape(info.shape)
-        if self._architecture.permuted and ".q_proj." in name:
-            values = _unpermute(values, self.hf_config["num_attention_heads"])
-        elif self._architecture.permuted and ".k_proj." in name:
-            values = _unpermute(values, self.hf_config["num_key_value_heads"])
-        elif name.endswith("norm.weight"):
-            values -= self._architecture.norms_hold
-        return torch.from_numpy(values)
+        return info
+
+    def _permuted_heads(self, name: str) -> int:
+        """How many heads a tensor has whose rows are in another order; 0 if it has none."""
+        if not self._architecture.permuted:
+            return 0
+        keys = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
+        return next((self.hf_config[key] for part, key in keys.items() if part in name), 0)
 
 
 def dequantize(
@@ -158,6 +181,17 @@ def _unstacked(info: TensorInfo) -> Iterator[TensorInfo]:
     size = info.num_bytes // count
     for number in range(count):
         yield replace(info, shape=tuple(shape), offset=info.offset + number * size, num_bytes=size)
+
+
+def _some_rows(info: TensorInfo, rows: range) -> TensorInfo:
+    """Some rows of a matrix, each of which is a number of whole blocks."""
+    size = info.num_bytes // info.shape[0]
+    return replace(
+        info,
+        shape=(len(rows), *info.shape[1:]),
+        offset=info.offset + rows.start * size,
+        num_bytes=len(rows) * size,
+    )
 
 
 def _no_use_for(path: Path, info: TensorInfo) -> UnsupportedModelError:

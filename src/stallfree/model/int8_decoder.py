@@ -7,7 +7,7 @@ is the same, to the last bit, alone and in any batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from stallfree.model.config import ModelConfig
 from stallfree.model.int8 import is_supported
 from stallfree.model.int8_loader import HALF, Int8Loader
 from stallfree.model.int8_plan import plan
-from stallfree.model.int8_shares import Int8Shares
+from stallfree.model.int8_shares import Int8Shares, exchange_of_logits, exchanges
 from stallfree.model.layer_weights import embedding, final_norm, head
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.part import ModelPart, whole
-from stallfree.model.peers import Alone, Peers
+from stallfree.model.peers import Alone, Exchange, Peers
 from stallfree.model.rope import Rope
 from stallfree.model.weight_reader import WeightReader
 from stallfree.model.weights import WeightSource
@@ -220,6 +220,11 @@ class Int8Decoder:
             )
         logits = self._peers.concat(torch.from_numpy(out)[:, : self._num_logits])
         return logits[:, : self.config.vocab_size]
+
+    def exchanges(self, rows: int, logits: Sequence[int]) -> list[Exchange]:
+        """What `forward` of so many rows exchanges with peers, and `logits` of so many each."""
+        made = exchanges(self.part, self._shape.width, rows)
+        return made + [exchange_of_logits(n, self._num_logits) for n in logits]
 
     @property
     def _item_tokens(self) -> int:

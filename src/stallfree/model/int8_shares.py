@@ -8,9 +8,27 @@ import numpy as np
 import torch
 
 from stallfree.kernels import shapes, shares
-from stallfree.model.peers import Alone, Peers
+from stallfree.model.part import ModelPart
+from stallfree.model.peers import Alone, Exchange, Peers
 
-_Exchange = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+_CPU = torch.device("cpu")
+
+
+def exchanges(part: ModelPart, width: int, rows: int) -> list[Exchange]:
+    """What `Int8Shares.run` of so many rows exchanges, in the order of `kernels/shares.py`."""
+    of_layer = []
+    for first in range(0, rows, shapes.SLICE_ROWS):
+        some = min(shapes.SLICE_ROWS, rows - first)
+        ranges = Exchange("largest", (some, 2), torch.float32, _CPU)
+        of_layer += [ranges, Exchange("sum", (some, width), torch.int32, _CPU)] * 2
+    embedded = [Exchange("sum", (rows, width), torch.float32, _CPU)]
+    return embedded * part.is_first + of_layer * part.num_layers
+
+
+def exchange_of_logits(rows: int, share: int) -> Exchange:
+    """The exchange of so many rows of logits, of which a process has a share."""
+    return Exchange("concat", (rows, share), torch.float32, _CPU)
 
 
 class Int8Shares:
@@ -27,7 +45,7 @@ class Int8Shares:
         self._peers: Peers = Alone()
         self._exchanged: dict[int, torch.Tensor] = {}  # a row for each, by what it is
         self._failure: BaseException | None = None
-        self._callback = _Exchange(self._exchange)  # kept, as its address is
+        self._callback = _Callback(self._exchange)  # kept, as its address is
 
     def run(
         self,

@@ -2,13 +2,20 @@
 
 A layer's first matrices are split by outputs and its last by inputs, so each process has a part of
 every sum (Megatron-LM, arXiv 1909.08053).
+
+All processes must make the same exchanges. One that fails amid a batch, for want of memory say,
+makes the rest of them with zeros: nobody waits for it, and nothing is exchanged to find that out.
+What comes of the batch then means nothing in any process, and is thrown away by whoever is told of
+the failure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +34,23 @@ def contact() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # all that torch.distributed raises
+    except (RuntimeError, MemoryError) as error:  # all that torch.distributed raises
         raise LostContactError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What each of several processes gives at once, for what all of them get.
+
+    Attributes:
+        how: which method of `Peers`.
+        shape, dtype, device: of what a process gives.
+    """
+
+    how: Literal["sum", "largest", "concat"]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Peers(Protocol):
@@ -49,6 +71,12 @@ class Peers(Protocol):
 
 class Alone:
     """One process for all of a layer."""
+
+    def expect(self, exchanges: Iterable[Exchange]) -> None:
+        """Nobody waits for any."""
+
+    def make_up(self) -> None:
+        """There is nothing to make up."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor itself."""
@@ -72,6 +100,22 @@ class GroupPeers:
 
     def __init__(self, group: Any) -> None:
         self._group = group
+        self._expected: deque[Exchange] = deque()
+
+    def expect(self, exchanges: Iterable[Exchange]) -> None:
+        """Say which exchanges a batch will take, in order, before the first of them."""
+        self._expected = deque(exchanges)
+
+    def make_up(self) -> None:
+        """Make those that are still expected, with zeros, so that the peers get on.
+
+        Raises:
+            LostContactError: they cannot be reached.
+        """
+        while self._expected:
+            missed = self._expected[0]
+            zeros = torch.zeros(missed.shape, dtype=missed.dtype, device=missed.device)
+            getattr(self, missed.how)(zeros)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Peers`."""
@@ -85,12 +129,20 @@ class GroupPeers:
         """See `Peers`."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self._group))]
-        with contact():
+        with self._one():
             dist.all_gather(parts, x, group=self._group)
         return torch.cat(parts, dim=-1)
 
     def _reduce(self, x: torch.Tensor, operation: Any) -> torch.Tensor:
         x = x.contiguous()
-        with contact():
+        with self._one():
             dist.all_reduce(x, operation, group=self._group)
         return x
+
+    @contextmanager
+    def _one(self) -> Iterator[None]:
+        """One of the exchanges that are expected, if any are."""
+        if self._expected:
+            self._expected.popleft()
+        with contact():
+            yield

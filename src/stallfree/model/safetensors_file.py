@@ -7,6 +7,7 @@ why they are read here instead (see `file_bytes`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stallfree.errors import WeightFileError
+from stallfree.model.cut import Cut
 from stallfree.model.file_bytes import FileBytes
 
 _LENGTH_BYTES = 8  # of the header's length, with which a file begins
@@ -66,8 +68,12 @@ class SafetensorsFile:
         }
         self.names = frozenset(self._entries)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor that it has, as it is stored.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor that it has."""
+        return tuple(self._entries[name]["shape"])
+
+    def tensor(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """A tensor that it has, as it is stored; of a part of it, no more is read.
 
         Raises:
             WeightFileError: it cannot be read.
@@ -78,8 +84,18 @@ class SafetensorsFile:
             raise WeightFileError(
                 f"{self._path}: {name} is of type {entry['dtype']}, which is not implemented"
             )
-        first, end = entry["data_offsets"]
-        if end == first:
-            return torch.empty(entry["shape"], dtype=dtype)
-        values = torch.from_numpy(self._bytes.read(self._start + first, end - first))
-        return values.view(dtype).reshape(entry["shape"])
+        (first, end), shape = entry["data_offsets"], entry["shape"]
+        start, num_bytes = self._start + first, end - first
+        if cut is not None:
+            rows, columns = cut.ranges(shape)
+            width, size = math.prod(shape[1:]), dtype.itemsize
+            start += (rows.start * width + columns.start) * size
+            num_bytes = len(rows) * len(columns) * size
+            shape = [len(rows), *([len(columns)] if len(shape) == 2 else shape[1:])]
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        if cut is None or len(columns) == width:
+            values = self._bytes.read(start, num_bytes)
+        else:
+            values = self._bytes.read_rows(start, len(rows), len(columns) * size, width * size)
+        return torch.from_numpy(values).view(dtype).reshape(shape)

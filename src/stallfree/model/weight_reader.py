@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from stallfree.errors import WeightFileError
 from stallfree.model.config import ModelConfig
+from stallfree.model.cut import Cut
 from stallfree.model.layer_weights import Projection, Split, fused_outputs
 from stallfree.model.part import ModelPart
 from stallfree.model.weights import WeightSource
@@ -40,9 +43,7 @@ class WeightReader:
         Raises:
             WeightFileError: there is none, or it has another shape or type.
         """
-        return self._share(
-            projection, self._rows(projection, f"{projection.name}.weight", (projection.inputs,))
-        )
+        return self._floats_of(projection, f"{projection.name}.weight", (projection.inputs,))
 
     def bias(self, projection: Projection, *, of_sums: bool = False) -> torch.Tensor:
         """The part's share of the bias (outputs,) of a projection that has one.
@@ -55,10 +56,10 @@ class WeightReader:
         Raises:
             WeightFileError: as above.
         """
-        whole = self._rows(projection, f"{projection.name}.bias", ())
+        share = self._floats_of(projection, f"{projection.name}.bias", ())
         if projection.split is Split.INPUTS and self._part.tp_rank > 0 and not of_sums:
-            return torch.zeros_like(whole)
-        return whole[self._part.rows(projection, self._config)]
+            return torch.zeros_like(share)
+        return share
 
     def floats(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A weight of floats.
@@ -66,10 +67,7 @@ class WeightReader:
         Raises:
             WeightFileError: as above.
         """
-        tensor = self._read(name, shape)
-        if not tensor.is_floating_point():
-            raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
-        return tensor
+        return _checked_floats(name, self._read(name, shape))
 
     def int8(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
         """The part's share of a matrix in int8, and the scales float32 (outputs,) of its outputs.
@@ -78,13 +76,10 @@ class WeightReader:
             WeightFileError: as above.
         """
         name = f"{projection.name}.weight"
-        values = self._read(name, (projection.outputs, projection.inputs))
+        values = self._share(projection, name, (projection.outputs, projection.inputs))
         if values.dtype != torch.int8:
             raise WeightFileError(f"weight {name} is of type {values.dtype}, not int8")
-        scales = self._weights.tensor(name + SCALES)
-        self._read_names.add(name + SCALES)
-        scales = _checked(name + SCALES, scales, (projection.outputs,))
-        return self._share(projection, values), self._share(projection, scales)
+        return values, self._share(projection, name + SCALES, (projection.outputs,))
 
     def finish(self) -> None:
         """Refuse weights that the architecture has no place for: answers would be wrong.
@@ -108,46 +103,56 @@ class WeightReader:
                 f"(nor {len(unread) - 1} others that are in the files)"
             )
 
-    def _share(self, projection: Projection, whole: torch.Tensor) -> torch.Tensor:
-        """The part's share of a matrix, or of what each of its outputs has one of."""
-        if self._part.tp_size == 1:
-            return whole
-        rows = self._part.rows(projection, self._config)
-        share = whole[rows]
-        if whole.dim() == 2:
-            share = share[:, self._part.columns(projection)]
-        if projection.split is Split.VOCABULARY:
-            missing = rows.stop - rows.start - len(share)
-            return torch.cat([share, share.new_zeros((missing, *share.shape[1:]))])
-        return share.clone()  # so that nothing keeps the rest in memory
-
-    def _rows(self, projection: Projection, name: str, inputs: tuple[int, ...]) -> torch.Tensor:
-        """The rows of a projection in the tensor that holds it."""
+    def _floats_of(
+        self, projection: Projection, name: str, inputs: tuple[int, ...]
+    ) -> torch.Tensor:
+        """The part's share of the floats of a projection, whose outputs have `inputs` each."""
         if projection.part is None:
-            return self.floats(name, (projection.outputs, *inputs))
+            share = self._share(projection, name, (projection.outputs, *inputs))
+            return _checked_floats(name, share)
         config = self._config
         fused = self.floats(name, (fused_outputs(config), *inputs))
         queries = config.num_heads // config.num_kv_heads
         grouped = fused.unflatten(0, (config.num_kv_heads, queries + 2, config.head_dim))
         heads = {"q": slice(queries), "k": slice(-2, -1), "v": slice(-1, None)}
-        return grouped[:, heads[projection.part]].flatten(0, 2)
+        whole = grouped[:, heads[projection.part]].flatten(0, 2)
+        return self._cut(projection).of(whole) if self._part.tp_size > 1 else whole
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = _checked(name, self._weights.tensor(name), shape)
+    def _share(self, projection: Projection, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The part's share of a matrix, or of what each of its outputs has one of."""
+        if self._part.tp_size == 1:
+            return self._read(name, shape)
+        share = self._read(name, shape, self._cut(projection))
+        if projection.split is Split.VOCABULARY:
+            rows = self._part.rows(projection, self._config)
+            missing = rows.stop - rows.start - len(share)
+            return torch.cat([share, share.new_zeros((missing, *share.shape[1:]))])
+        return share
+
+    def _cut(self, projection: Projection) -> Cut:
+        rows = self._part.rows(projection, self._config)
+        return Cut(rows, self._part.columns(projection))
+
+    def _read(self, name: str, shape: tuple[int, ...], cut: Cut | None = None) -> torch.Tensor:
+        """A weight that must have `shape`, or a part of it."""
+        found = self._weights.shape(name)
+        if found != shape:
+            raise WeightFileError(
+                f"weight {name} has shape {found}; the configuration says {shape}"
+            )
         if name not in self._read_names:  # a fused one is read for each of its parts
             self._read_names.add(name)
-            self.num_parameters += tensor.numel() if self._counts(name) else 0
-        return tensor
+            self.num_parameters += math.prod(shape) if self._counts(name) else 0
+        return self._weights.tensor(name, cut)
 
     def _counts(self, name: str) -> bool:
         """Whether this is the part of the model in which a weight is counted."""
         is_table = name == f"{self._config.names.embedding}.weight"
-        return self._part.tp_rank == 0 and (self._part.is_first or not is_table)
+        is_scale = name.endswith(SCALES)
+        return self._part.tp_rank == 0 and not is_scale and (self._part.is_first or not is_table)
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise WeightFileError(
-            f"weight {name} has shape {tuple(tensor.shape)}; the configuration says {shape}"
-        )
+def _checked_floats(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise WeightFileError(f"weight {name} is of type {tensor.dtype}, which is not a float")
     return tensor

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from stallfree.errors import ModelError, WeightFileError
+from stallfree.model.cut import Cut
 from stallfree.model.safetensors_file import SafetensorsFile
 
 _SINGLE = "model.safetensors"
@@ -38,8 +39,16 @@ class WeightSource(Protocol):
         """All names, as Hugging Face has them, such as `model.layers.0.mlp.up_proj.weight`."""
         ...
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor.
+
+        Raises:
+            WeightFileError: there is none of that name.
+        """
+        ...
+
+    def tensor(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """A tensor or a part of it, on the CPU; of its file no more is read than it takes.
 
         Raises:
             WeightFileError: there is none of that name, or it cannot be read.
@@ -80,16 +89,27 @@ class SafetensorsWeights:
         """All names that the files hold."""
         return frozenset(self._shard_of)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor.
+
+        Raises:
+            WeightFileError: there is none of that name.
+        """
+        return self._shard(name).shape(name)
+
+    def tensor(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """The tensor, or a part of it, as it is stored.
 
         Raises:
             WeightFileError: there is none of that name, or it cannot be read.
         """
+        return self._shard(name).tensor(name, cut)
+
+    def _shard(self, name: str) -> SafetensorsFile:
         file = self._shard_of.get(name)
         if file is None:
             raise WeightFileError(f"{self._folder} has no weight {name}")
-        return self._shards[file].tensor(name)
+        return self._shards[file]
 
     def _read_index(self, path: Path) -> dict[str, str]:
         shard_of = read_json(path).get("weight_map")
@@ -119,15 +139,24 @@ class HeldWeights:
         """All names."""
         return frozenset(self._tensors)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor.
+
+        Raises:
+            WeightFileError: there is none of that name.
+        """
+        return tuple(self.tensor(name).shape)
+
+    def tensor(self, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """The tensor, or a copy of a part of it.
 
         Raises:
             WeightFileError: there is none of that name.
         """
         if name not in self._tensors:
             raise WeightFileError(f"there is no weight {name}")
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        return tensor if cut is None else cut.of(tensor)
 
 
 def marks_of(stat: os.stat_result) -> Marks:

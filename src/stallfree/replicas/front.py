@@ -130,6 +130,19 @@ class ReplicatedEngine:
         """Have each replica that is ready record from now on; no recording is under way."""
         return FleetTrace({each.index: each.trace() for each in self._roster.ready})
 
+    def watch(self, place: int | None) -> Member:
+        """The replica at `place`, or the first that is ready, to be looked at.
+
+        Raises:
+            NoReplicaError: it is not ready.
+        """
+        ready = {member.index: member for member in self._roster.ready}
+        if place is None and ready:
+            return ready[min(ready)]
+        if place in ready:
+            return ready[place]
+        raise _no_replica() if place is None else NoReplicaError(f"replica {place} is not ready")
+
     def start(self) -> None:
         """Take requests in this event loop from now on."""
         self._roster.start()

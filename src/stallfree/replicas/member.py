@@ -17,6 +17,7 @@ from stallfree.core.routing import Offer
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.live_view import Sight
 from stallfree.engine.outputs import Delta
 from stallfree.engine.reading import EngineReading
 from stallfree.engine.served import ReplicaState
@@ -27,6 +28,8 @@ from stallfree.replicas.messages import (
     Accepted,
     Events,
     Hello,
+    Look,
+    Looked,
     Measure,
     Measured,
     Output,
@@ -38,6 +41,7 @@ from stallfree.replicas.messages import (
     Submit,
 )
 from stallfree.replicas.prefixes import Prefixes
+from stallfree.replicas.questions import Questions
 from stallfree.replicas.trace import ReplicaTrace
 from stallfree.replicas.wire import hang_up
 
@@ -79,6 +83,7 @@ class Member:
         self._prefixes: Prefixes | None = None
         self._reading: EngineReading | None = None  # the last that came
         self._readers: deque[asyncio.Future[None]] = deque()  # one for each that is to come
+        self._looks: Questions[Sight] = Questions()
         self._trace_numbers = itertools.count()
         self._traces: dict[int, ReplicaTrace] = {}  # of which parts are to come
         self._clock_offset_s = math.inf  # ours less its own
@@ -194,6 +199,12 @@ class Member:
             await asyncio.wait_for(told, limit_s)
         return self._reading
 
+    async def look(self, number: int | None) -> Sight:
+        """See `Watched`; by its own clock."""
+        seen = self._looks.ask()
+        self._tell(Look(number))
+        return await seen
+
     def trace(self) -> ReplicaTrace:
         """Have it record a trace from now on; it records no other."""
         number = next(self._trace_numbers)
@@ -202,12 +213,14 @@ class Member:
         self._traces[number] = trace
         return trace
 
-    def take(self, message: Events | Measured | Recorded) -> None:
+    def take(self, message: Events | Measured | Looked | Recorded) -> None:
         """Take what it says once it is ready."""
         match message:
             case Measured(reading):
                 self._reading = reading
                 _release(self._readers.popleft())
+            case Looked(sight):
+                self._looks.take(sight)
             case Recorded(number):
                 self._traces[number].take(message)
                 if message.is_last:
@@ -240,6 +253,7 @@ class Member:
         """It is lost: end all its requests with an error, and let nobody wait for it."""
         for told in self._readers:
             _release(told)
+        self._looks.fail(error)
         for trace in self._traces.values():
             trace.take(None)
         for stream in self._streams.values():
@@ -260,7 +274,7 @@ class Member:
         if self._line is not None:
             self._line.close()
 
-    def _tell(self, message: Submit | Abort | Measure | Record | StopRecording) -> None:
+    def _tell(self, message: Submit | Abort | Measure | Look | Record | StopRecording) -> None:
         assert self._line is not None, "it is listened to"
         self._line.put(pickled(message))
 

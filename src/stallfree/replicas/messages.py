@@ -2,9 +2,9 @@
 
 A replica says `Hello` at once, is told `Welcome`, and says `Ready` when its model is loaded, or
 `Failed`; then `Events`, for each iteration one, and when nothing happens as a sign of life. It is
-sent `Submit` and `Abort`. It answers `Measure` with `Measured`, and `Record`, then `StopRecording`,
-with `Recorded` messages. The end of the connection is the end of the replica: whatever comes in its
-place is another one.
+sent `Submit` and `Abort`. It answers `Measure` with `Measured`, `Look` with `Looked`, and `Record`,
+then `StopRecording`, with `Recorded` messages. The end of the connection is the end of the replica:
+whatever comes in its place is another one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from stallfree.core.routing import Offer
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.targets import Targets
 from stallfree.engine.facts import EngineFacts
+from stallfree.engine.live_view import Sight
 from stallfree.engine.outputs import Delta
 from stallfree.engine.reading import EngineReading
 from stallfree.engine.trace import Event
@@ -162,6 +163,20 @@ class Measured:
     """That, as of when it was asked."""
 
     reading: EngineReading
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """It is looked at: see `Watched`."""
+
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was seen."""
+
+    sight: Sight
 
 
 @dataclass(frozen=True, slots=True)

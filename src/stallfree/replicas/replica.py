@@ -25,6 +25,8 @@ from stallfree.replicas.messages import (
     Events,
     Failed,
     Hello,
+    Look,
+    Looked,
     Measure,
     Measured,
     Output,
@@ -43,7 +45,7 @@ from stallfree.replicas.wire import connect, hang_up
 
 SWITCH_INTERVAL_S = 0.0005  # as in a server: threads that hold the interpreter let go of it sooner
 
-Request = Submit | Abort | Measure | Record | StopRecording
+Request = Submit | Abort | Measure | Look | Record | StopRecording
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +159,8 @@ class Replica:
                     self._tasks[message.number].cancel()
             case Measure():
                 self._line.put(pickled(Measured(self.engine.reading)))
+            case Look(number):
+                self._line.put(pickled(Looked(self.engine.view.sight(number))))
             case Record(number):
                 self._trace = number, self.engine.trace()
             case StopRecording() if self._trace is not None:

@@ -21,6 +21,7 @@ from stallfree.replicas.messages import (
     Events,
     Failed,
     Hello,
+    Looked,
     Measured,
     Place,
     Ready,
@@ -178,7 +179,7 @@ class Roster:
             case Ready(facts):
                 member.is_loaded(facts)
                 logger.info("%s is ready", member.name)
-            case Events() | Measured() | Recorded():
+            case Events() | Measured() | Looked() | Recorded():
                 member.take(message)
 
     def _lose(self, member: Member, reason: str) -> None:

@@ -1,15 +1,17 @@
 """The live page: its files, and the feed that it draws.
 
 The page is the same for everyone and needs no key. The feed does, if the server has one: events,
-first a `snapshot`, then `records`, several times a second while there are any.
+first a `snapshot`, then `records`, several times a second while there are any. Where the model runs
+in several copies it shows one of them, which `?replica=` names, and how busy the others are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from importlib import resources
 from importlib.metadata import version
@@ -17,13 +19,15 @@ from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stallfree.engine.engine import Engine
+from stallfree.engine.live_view import RECORDS_AT_ONCE, Sight, Watched
+from stallfree.errors import InvalidRequestError, ReplicaLostError
 from stallfree.server.access import owner_of
 from stallfree.server.errors import ApiError
-from stallfree.server.live_feed import LiveFeed, load_of
+from stallfree.server.fields import shown
 from stallfree.server.service import Service
 from stallfree.server.sse import EventStream, event
 
@@ -31,7 +35,6 @@ MAX_WATCHERS = 8
 MAX_WATCHERS_OF_A_KEY = 4  # that has a name, so that it does not take all places
 PERIOD_S = 0.2  # between events of records
 HEARTBEAT_S = 1.0  # between events that say nothing but that the server is there
-RECORDS_PER_EVENT = 256
 
 PAGE = "index.html"
 HEADERS = {
@@ -43,6 +46,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_PLACE = re.compile("[0-9]{1,6}")
 _MEDIA_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -52,83 +56,72 @@ _MEDIA_TYPES = {
 
 
 def add_dashboard(app: FastAPI, watching: APIRouter) -> None:
-    """Serve the page from `app`, its feed from `watching`; before the engine's thread starts.
-
-    Where the model runs in several copies, whose iterations are elsewhere, it is not there: say so.
-    """
-    service: Service = app.state.service
-    engine = service.engine.local
-    if engine is None:
-        for path in ("/dashboard", "/dashboard/{rest:path}"):
-            app.add_route(path, _refuse, ["GET"], include_in_schema=False)
-        return
+    """Serve the page from `app`, and its feed from `watching`."""
     for name, content in _static_files():
         path = "/dashboard" if name == PAGE else f"/dashboard/{name}"
         file = Response(content, headers=HEADERS, media_type=_MEDIA_TYPES[PurePath(name).suffix])
         app.add_route(path, partial(_give, file), ["GET"], include_in_schema=False)
-    feed = Feed(service, engine)
-    engine.observers.add(feed.live)
+    feed = Feed(app.state.service)
 
     async def stream(request: Request) -> Response:
-        return EventStream(feed.events(owner_of(request)), max_unread_bytes=None)
+        events = feed.events(owner_of(request), _place_of(request.query_params))
+        return EventStream(events, max_unread_bytes=None)
 
     watching.add_api_route("/dashboard/feed", stream, methods=["GET"], include_in_schema=False)
 
 
 class Feed:
-    """What the watchers of one engine are sent.
+    """What the watchers are sent.
 
     Args:
-        service: tells whether it goes on.
-        engine: that of the service.
+        service: whose engine is watched, or one copy of the model.
 
     Attributes:
-        live: to be told of requests and iterations.
         watchers: how many are sent something now, by the name of their key; empty if it has none.
     """
 
-    def __init__(self, service: Service, engine: Engine) -> None:
-        self._engine = engine
-        self.live = LiveFeed(service.engine.now)
+    def __init__(self, service: Service) -> None:
         self.watchers: Counter[str] = Counter()
         self._service = service
 
-    async def events(self, owner: str) -> AsyncGenerator[bytes, None]:
+    async def events(self, owner: str, place: int | None) -> AsyncGenerator[bytes, None]:
         """The events of one watcher, whose key has the name `owner`, until the engine ends.
 
         They are made when the one before was taken, so whoever reads slowly takes no memory: the
-        records that were forgotten meanwhile are `lost`.
+        records that were forgotten meanwhile are `lost`. If the copy of the model at `place` is
+        lost, it is over.
 
         Raises:
             ApiError: before the first event, there are too many watchers.
+            NoReplicaError: the copy at `place` is not ready; also before the first event.
+            InvalidRequestError: there are no copies; the same.
         """
-        history = self.live.history
         with self._place(owner):
-            snapshot = {"type": "snapshot", "next": history.count, **self._settings()}
-            number = history.first
-            yield event({**snapshot, "requests": self.live.live(), **self._state()})
-            silent_s = 0.0
-            while True:
-                state = self._state()  # before the records, so that an end comes with all of them
-                first, records = history.since(number, RECORDS_PER_EVENT)
-                lost, number = first - number, first + len(records)
-                if records or lost or silent_s >= HEARTBEAT_S:
-                    silent_s = 0.0
-                    yield event(
-                        {
-                            "type": "records",
-                            "first": first,
-                            "lost": lost,
-                            "records": records,
-                            **state,
-                        }
-                    )
-                if len(records) == RECORDS_PER_EVENT:
-                    continue
-                if self._is_over:
-                    return
-                await asyncio.sleep(PERIOD_S)
-                silent_s += PERIOD_S
+            watched = self._service.engine.watch(place)
+            sight = await watched.look(None)
+            yield event({"type": "snapshot", **self._about(watched, sight), **self._state(sight)})
+            with suppress(ReplicaLostError):
+                async with aclosing(self._records(watched, sight.first)) as events:
+                    async for each in events:
+                        yield each
+
+    async def _records(self, watched: Watched, number: int) -> AsyncGenerator[bytes, None]:
+        """The events after the snapshot, with the records from `number` on."""
+        silent_s = 0.0
+        while True:
+            is_over = self._is_over  # before the records, so that it comes with all of them
+            sight = await watched.look(number)
+            lost, number = sight.first - number, sight.first + len(sight.records)
+            if sight.records or lost or silent_s >= HEARTBEAT_S:
+                silent_s = 0.0
+                records = {"first": sight.first, "lost": lost, "records": sight.records}
+                yield event({"type": "records", **records, **self._state(sight)})
+            if len(sight.records) == RECORDS_AT_ONCE:
+                continue
+            if is_over:
+                return
+            await asyncio.sleep(PERIOD_S)
+            silent_s += PERIOD_S
 
     @contextmanager
     def _place(self, owner: str) -> Iterator[None]:
@@ -152,44 +145,38 @@ class Feed:
         has_drained = self._service.draining and not engine.num_running + engine.num_waiting
         return engine.error is not None or has_drained
 
-    def _state(self) -> dict[str, Any]:
-        """What holds at the moment."""
-        service, scheduler = self._service, self._engine.scheduler
-        return {
-            "now": service.engine.now(),
-            "status": service.status,
-            **load_of(scheduler),
-            "preemptions": dict(scheduler.preemptions),
-            "squeezed": scheduler.budget.squeezed.iterations,
-        }
+    def _state(self, sight: Sight) -> dict[str, Any]:
+        """What holds at the moment, in the engine that is watched and beside it."""
+        replicas = [
+            {
+                "replica": each.index,
+                "ready": each.is_ready,
+                "running": each.num_running,
+                "waiting": each.num_waiting,
+            }
+            for each in self._service.engine.replicas
+        ]
+        return {"status": self._service.status, "replicas": replicas, **sight.state}
 
-    def _settings(self) -> dict[str, Any]:
-        """What the engine was built with."""
-        engine = self._engine
-        facts, scheduler = engine.facts, engine.scheduler
+    def _about(self, watched: Watched, sight: Sight) -> dict[str, Any]:
+        """What the watched engine is, and holds."""
+        assert sight.about is not None, "it is the first sight"
         return {
             "version": version("stallfree"),
             "model": self._service.model_name,
-            "architecture": facts.architecture,
-            "dtype": facts.dtype,
-            "device": facts.device,
-            "threads": facts.threads,
-            "scheduler": facts.scheduler,
-            "token_budget": facts.token_budget,
-            "tbt_slo_s": facts.tbt_slo_s,
-            "tiers": {
-                name: {"tbt_s": targets.tbt_s, "ttft_s": targets.ttft_s}
-                for name, targets in engine.tiers.items()
-            },
-            "max_model_len": facts.max_model_len,
-            "max_num_seqs": facts.max_num_seqs,
-            "num_blocks": scheduler.pool.num_blocks,
-            "block_size": scheduler.pool.block_size,
+            "replica": watched.index,
+            **sight.about,
         }
 
 
-async def _refuse(_: Request) -> Response:
-    raise ApiError(404, "the live page shows one engine: it is there without --replicas only")
+def _place_of(params: QueryParams) -> int | None:
+    """Which copy of the model is asked for."""
+    text = params.get("replica")
+    if text is None:
+        return None
+    if not _PLACE.fullmatch(text):
+        raise InvalidRequestError(f"replica is {shown(text)}; it must be a whole number", "replica")
+    return int(text)
 
 
 def _too_many(message: str) -> ApiError:

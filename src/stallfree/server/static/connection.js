@@ -15,9 +15,17 @@ export class Connection {
   constructor(onMessage, onState) {
     this.onMessage = onMessage;
     this.onState = onState;
+    this.replica = null; // whose feed, if there are several
     this.attempts = 0;
     this.timer = null;
     this.abort = null;
+  }
+
+  /** Connect to the feed of a replica, now. */
+  choose(replica) {
+    this.replica = replica;
+    this.attempts = 0;
+    this.open();
   }
 
   /** Connect, now. */
@@ -35,7 +43,8 @@ export class Connection {
     let wait = 0;
     try {
       feedWatchdog();
-      const response = await ask("dashboard/feed", { signal: abort.signal });
+      const query = this.replica === null ? "" : `?replica=${this.replica}`;
+      const response = await ask(`dashboard/feed${query}`, { signal: abort.signal });
       for await (const data of eventsOf(response)) {
         feedWatchdog();
         if (this.abort !== abort) return;

@@ -35,7 +35,7 @@ export function plural(number, word) {
 /** The part of a request's id by which people can tell it from others. */
 export function shortId(id) {
   const [head, completion] = id.split("/");
-  const name = head.replace(/^[a-z]+-/, "");
+  const name = head.replace(/^(\d+ )?[a-z]+-/, ""); // replicas number them
   const [body, prompt] = name.split("-");
   const place = (prompt && prompt !== "0") || (completion && completion !== "0");
   return body.slice(0, 6) + (place ? `·${prompt ?? 0}/${completion ?? 0}` : "");

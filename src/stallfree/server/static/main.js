@@ -6,6 +6,7 @@ import { count, duration } from "./format.js";
 import { Inspector } from "./inspector.js";
 import { IterationsView } from "./iterations.js";
 import { Playground } from "./playground.js";
+import { Replicas } from "./replicas.js";
 import { RequestsView, gutterOf } from "./requests.js";
 import { key } from "./sse.js";
 import { Store } from "./store.js";
@@ -29,6 +30,7 @@ const table = new Table(find("table"), store);
 const playground = new Playground(find("playground"), store, () => show({ name: "locked" }));
 const inspector = new Inspector(requests, iterations, find("tip"), find("spoken"), invalidate);
 const connection = new Connection(take, show);
+const replicas = new Replicas(find("replicas"), (place) => connection.choose(place));
 
 let colors = palette();
 let span = 30;
@@ -45,6 +47,7 @@ let numbersAt = -Infinity;
 function take(message) {
   store.take(message);
   if (message.type === "snapshot") begin(message);
+  replicas.take(message.replicas, store.settings.replica);
   document.body.dataset.status = message.status;
   find("empty").hidden = store.rows.size > 0 || store.iterations.count > 0;
   if (store.lost) find("lost").textContent = `${count(store.lost)} records lost: this page was too slow`;
