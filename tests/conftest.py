@@ -1,12 +1,18 @@
-"""What all tests share: a cache folder of their own, away from the user's."""
+"""What all tests share: a cache folder of their own, away from the user's; and the live page."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from server_fixtures import RunningServer
 
 _CACHE = pytest.StashKey[TemporaryDirectory[str]]()
 
@@ -25,3 +31,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_CACHE].cleanup()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; skips the test if this machine has none."""
+    from live_page import chromium  # not above: not every machine has Playwright
+
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server slow enough for its live page to be watched."""
+    from live_page import slow_server
+
+    with slow_server(tmp_path_factory.mktemp("page")) as running:
+        yield running
