@@ -17,6 +17,7 @@ from stallfree.core.scheduler import PolicyError, Scheduler, SchedulerConfig
 from stallfree.errors import ConfigError, ContextLengthError, InvalidRequestError
 
 
+@pytest.mark.slow
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(setup=setups, arrivals=st.integers(1, 14))
 def test_invariants_hold_over_random_schedules(setup: Setup, arrivals: int) -> None:

@@ -96,6 +96,7 @@ class SwapRun(Run):
         assert self.scheduler.swap.num_used == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     setup=setups,
