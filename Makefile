@@ -28,8 +28,10 @@ setup: $(READY)  ## Create .venv with everything: the demo model and the test to
 serve: setup  ## Serve the demo model; PORT= and ARGS= are passed on
 	@$(BIN)/stallfree serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
+# In a process for each CPU, up to four, which take whole files. ARGS="-n 0" runs them in one.
 test: setup  ## Run every test that a clean machine can run; ARGS= is passed to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  $(ARGS)
 
 check: setup  ## Lint, formatting, strict types, layering
 	$(BIN)/ruff check .

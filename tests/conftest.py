@@ -1,12 +1,18 @@
-"""What all tests share: a cache folder of their own, away from the user's."""
+"""What all tests share: a cache folder of their own, away from the user's; and the live page."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from server_fixtures import RunningServer
 
 _CACHE = pytest.StashKey[TemporaryDirectory[str]]()
 
@@ -23,5 +29,32 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STALLFREE_CACHE"] = folder.name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a process that begins one last would end long after others.
+
+    Processes take whole files, in this order.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_CACHE].cleanup()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; skips the test if this machine has none."""
+    from live_page import chromium  # not above: not every machine has Playwright
+
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server slow enough for its live page to be watched."""
+    from live_page import slow_server
+
+    with slow_server(tmp_path_factory.mktemp("page")) as running:
+        yield running

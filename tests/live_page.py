@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from browser import Slow, find_chromium
 from server_fixtures import MODEL, RunningServer, serve, tiny_engine
 
 pytest.importorskip("playwright")
@@ -25,8 +26,13 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
+from stallfree.core.batch import Batch
+from stallfree.engine.engine import Engine
+from stallfree.executor.output import ExecutorOutput
+
 expect.set_options(timeout=10_000)
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CONTEXT = 8192
 PACE_S = 0.02  # of an iteration
 
@@ -64,6 +70,14 @@ COUNT_PIXELS = """
 """
 
 
+def find_chromium() -> str:
+    """Path of a Chromium; skips the test if there is none."""
+    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no Chromium here: none of {', '.join(NAMES)} is a command")
+    return path
+
+
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser; skips the test if this machine has none."""
@@ -73,6 +87,19 @@ def chromium() -> Iterator[Browser]:
         own = playwright.chromium.launch(executable_path=path, args=flags)
         yield own
         own.close()
+
+
+class Slow:
+    """A real executor whose iterations take `seconds` longer."""
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self.seconds = seconds
+        self._executor = engine.executor
+
+    def execute(self, batch: Batch) -> ExecutorOutput:
+        """Run `batch` after a while."""
+        time.sleep(self.seconds)
+        return self._executor.execute(batch)
 
 
 @contextmanager

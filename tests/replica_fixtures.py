@@ -7,6 +7,9 @@ import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
+
+from engine_fixtures import GREEDY
 
 from stallfree import SamplingParams
 from stallfree.core.batch import Batch
@@ -24,6 +27,15 @@ from stallfree.replicas.front import ReplicatedEngine
 from stallfree.replicas.messages import Place
 from stallfree.replicas.replica import Replica
 from stallfree.replicas.roster import Roster
+
+LONG = replace(GREEDY, max_tokens=1000)
+BODY: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "alpha",
+    "temperature": 0,
+    "max_tokens": 400,
+    "ignore_eos": True,
+}
 
 
 class Counter:
@@ -131,8 +143,3 @@ async def ask(
 def tokens(deltas: Sequence[Delta], index: int = 0) -> tuple[int, ...]:
     """What one completion is."""
     return tuple(token for each in deltas if each.index == index for token in each.token_ids)
-
-
-def longer(params: SamplingParams, max_tokens: int) -> SamplingParams:
-    """With another length."""
-    return replace(params, max_tokens=max_tokens)

@@ -31,6 +31,7 @@ UNTIMED = (
 )
 
 
+@pytest.mark.slow
 def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_in(tmp_path)
     path = tmp_path / "soak.json"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from live_page import (
     Size,
-    chromium,
     load,
     opened,
-    slow_server,
     wait_for_pixels,
 )
 from playwright.sync_api import Browser, expect
@@ -57,22 +54,10 @@ CONTRASTS = """
 """
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with slow_server(tmp_path_factory.mktemp("page")) as running:
-        yield running
-
-
 def test_the_theme_follows_the_system_until_it_is_chosen(
-    browser: Browser, server: RunningServer
+    browser: Browser, page_server: RunningServer
 ) -> None:
-    with opened(browser, server.url, color_scheme="dark", reduced_motion="reduce") as page:
+    with opened(browser, page_server.url, color_scheme="dark", reduced_motion="reduce") as page:
         root = page.locator("html")
         expect(root).to_have_attribute("data-theme", "dark")
         expect(page.locator("#theme")).to_have_attribute("aria-pressed", "true")
@@ -85,8 +70,8 @@ def test_the_theme_follows_the_system_until_it_is_chosen(
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_and_marks_stand_out(browser: Browser, server: RunningServer, theme: Any) -> None:
-    with opened(browser, server.url, color_scheme=theme) as page:
+def test_text_and_marks_stand_out(browser: Browser, page_server: RunningServer, theme: Any) -> None:
+    with opened(browser, page_server.url, color_scheme=theme) as page:
         contrasts = page.evaluate(CONTRASTS)
     for name in ("text", "soft", "stall", "target", "decode"):
         assert contrasts[name] >= 4.5, name  # WCAG 2.2, 1.4.3
@@ -95,9 +80,9 @@ def test_text_and_marks_stand_out(browser: Browser, server: RunningServer, theme
 
 
 def test_everything_has_a_name_and_is_reached_in_order(
-    browser: Browser, server: RunningServer
+    browser: Browser, page_server: RunningServer
 ) -> None:
-    with opened(browser, server.url) as page:
+    with opened(browser, page_server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
         assert page.evaluate(FIND_NAMELESS) == []
         order = []
@@ -116,10 +101,10 @@ def test_everything_has_a_name_and_is_reached_in_order(
         assert {"Requests", "Iterations", "Playground"} <= set(headings)
 
 
-def test_it_is_usable_on_a_phone(browser: Browser, server: RunningServer) -> None:
+def test_it_is_usable_on_a_phone(browser: Browser, page_server: RunningServer) -> None:
     with (
-        opened(browser, server.url, PHONE, has_touch=True, is_mobile=True) as page,
-        load(server, 2),
+        opened(browser, page_server.url, PHONE, has_touch=True, is_mobile=True) as page,
+        load(page_server, 2),
     ):
         wait_for_pixels(page, "requests", "--decode", 50)
         page.locator("#table summary").click()

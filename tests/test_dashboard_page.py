@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from live_page import (
-    chromium,
     load,
     opened,
     part,
@@ -18,18 +16,6 @@ from playwright.sync_api import Browser, Route, expect
 from server_fixtures import MODEL, RunningServer, serve, tiny_engine
 
 KEY = "a-very-secret-key"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with slow_server(tmp_path_factory.mktemp("page")) as running:
-        yield running
 
 
 def test_a_newcomer_is_told_what_to_do_and_sees_it_happen(
@@ -82,11 +68,13 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(
         expect(dialog).to_be_visible()
 
 
-def test_a_lost_connection_is_told_and_comes_back(browser: Browser, server: RunningServer) -> None:
+def test_a_lost_connection_is_told_and_comes_back(
+    browser: Browser, page_server: RunningServer
+) -> None:
     def lose(route: Route) -> None:
         route.abort()
 
-    with opened(browser, server.url) as page:
+    with opened(browser, page_server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
         page.route("**/dashboard/feed", lose)
         page.evaluate("document.getElementById('forget').click()")  # connects anew
@@ -97,7 +85,7 @@ def test_a_lost_connection_is_told_and_comes_back(browser: Browser, server: Runn
         expect(page.locator("#again")).to_be_hidden()
 
 
-def test_the_page_keeps_only_so_much(browser: Browser, server: RunningServer) -> None:
+def test_the_page_keeps_only_so_much(browser: Browser, page_server: RunningServer) -> None:
     program = """
     async () => {
       const { Store } = await import("/dashboard/store.js");
@@ -133,7 +121,7 @@ def test_the_page_keeps_only_so_much(browser: Browser, server: RunningServer) ->
       };
     }
     """
-    with opened(browser, server.url) as page:
+    with opened(browser, page_server.url) as page:
         found = page.evaluate(program)
     assert found["iterations"] == 6000
     assert found["ended"] == 48

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
-import pytest
 from live_page import (
     CONTEXT,
-    chromium,
     opened,
     part,
-    slow_server,
     wait_for_pixels,
 )
 from playwright.sync_api import Browser, expect
 from server_fixtures import RunningServer
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with slow_server(tmp_path_factory.mktemp("page")) as running:
-        yield running
-
-
 def test_two_chats_go_on_while_a_long_prompt_is_read(
-    browser: Browser, server: RunningServer
+    browser: Browser, page_server: RunningServer
 ) -> None:
-    with opened(browser, server.url) as page:
+    with opened(browser, page_server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
         page.locator("#most-tokens").select_option("512")
         lanes = page.locator("form.lane")
@@ -57,8 +41,8 @@ def test_two_chats_go_on_while_a_long_prompt_is_read(
         expect(part(page, "running")).to_have_text("0")
 
 
-def test_an_error_is_shown_in_its_lane(browser: Browser, server: RunningServer) -> None:
-    with opened(browser, server.url) as page:
+def test_an_error_is_shown_in_its_lane(browser: Browser, page_server: RunningServer) -> None:
+    with opened(browser, page_server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
         lane = page.get_by_role("form", name="Second chat")
         lane.locator("textarea").fill("é " * CONTEXT)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
-from browser import Slow
 from live_page import (
     COUNT_PIXELS,
     PACE_S,
-    chromium,
+    Slow,
     load,
     opened,
     part,
@@ -24,27 +22,15 @@ STALL_S = 0.15  # with which the rule "over 100 ms" finds a stall
 TARGET_S = 5.0
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with slow_server(tmp_path_factory.mktemp("page")) as running:
-        yield running
-
-
 def picture(page: Page) -> str:
     content: str = page.evaluate("document.getElementById('requests').toDataURL()")
     return content
 
 
-def test_a_stall_is_red_and_counted(browser: Browser, server: RunningServer) -> None:
-    slow = server.engine.engine.executor
+def test_a_stall_is_red_and_counted(browser: Browser, page_server: RunningServer) -> None:
+    slow = page_server.engine.engine.executor
     assert isinstance(slow, Slow)
-    with opened(browser, server.url) as page, load(server, 2):
+    with opened(browser, page_server.url) as page, load(page_server, 2):
         page.locator("#span").select_option("10")
         page.locator("#over").select_option("10")
         wait_for_pixels(page, "requests", "--decode", 200)
@@ -82,8 +68,8 @@ def test_targets_are_shown_with_their_percentiles(
         wait_for_pixels(page, "iterations", "--target", 50)
 
 
-def test_it_pauses_and_goes_on(browser: Browser, server: RunningServer) -> None:
-    with opened(browser, server.url) as page, load(server, 1):
+def test_it_pauses_and_goes_on(browser: Browser, page_server: RunningServer) -> None:
+    with opened(browser, page_server.url) as page, load(page_server, 1):
         wait_for_pixels(page, "requests", "--decode", 100)
         page.keyboard.press("Space")
         expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true")
@@ -98,8 +84,10 @@ def test_it_pauses_and_goes_on(browser: Browser, server: RunningServer) -> None:
         assert picture(page) != before
 
 
-def test_what_is_under_pointer_and_cursor_is_told(browser: Browser, server: RunningServer) -> None:
-    with opened(browser, server.url) as page, load(server, 1):
+def test_what_is_under_pointer_and_cursor_is_told(
+    browser: Browser, page_server: RunningServer
+) -> None:
+    with opened(browser, page_server.url) as page, load(page_server, 1):
         page.locator("#span").select_option("5")
         wait_for_pixels(page, "iterations", "--decode", 1000)
         page.locator("#iterations").hover(position={"x": 1300, "y": 60})
@@ -123,8 +111,8 @@ def test_what_is_under_pointer_and_cursor_is_told(browser: Browser, server: Runn
         expect(page.locator("#tip")).to_be_hidden()
 
 
-def test_the_keyboard_zooms(browser: Browser, server: RunningServer) -> None:
-    with opened(browser, server.url) as page:
+def test_the_keyboard_zooms(browser: Browser, page_server: RunningServer) -> None:
+    with opened(browser, page_server.url) as page:
         expect(page.locator("#connection")).to_have_text("live")
         page.keyboard.press("-")
         expect(page.locator("#span")).to_have_value("60")

@@ -87,5 +87,6 @@ def test_greedy_tokens_are_those_of_transformers(reference: Reference) -> None:
         # Greedy by induction: each of our tokens is the likeliest one after those before it.
         tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens[:-1]])).logits[0, -NUM_TOKENS:]
+            inputs = torch.tensor([tokens[:-1]])
+            logits = model(inputs, logits_to_keep=NUM_TOKENS).logits[0]
         assert logits.argmax(dim=-1).tolist() == tokens[-NUM_TOKENS:]

@@ -95,6 +95,7 @@ def test_four_stages_give_what_one_process_gives_in_int8(tmp_path: Path) -> None
 GEMMA = {"head_dim": 32, "sliding_window": 16, "sliding_window_pattern": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "architecture", "shape"), [("float32", "gemma3_text", GEMMA), ("int8", "qwen2", {})]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ VOCAB = 20_000
 COUNT = 4  # numbers that are drawn by
 
 # Logits by what is hard about them.
-KINDS = {
+KINDS: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
     "flat": lambda rng: torch.randn(VOCAB, generator=rng) / 3,
     "normal": lambda rng: 3 * torch.randn(VOCAB, generator=rng),
     "one is likely": lambda rng: torch.randn(VOCAB, generator=rng).index_fill(

@@ -28,6 +28,7 @@ def save_wide_model(folder: Path) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
     engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
     memory = ("--kv-cache-memory", "8MiB", "--no-prefix-caching")  # so that all is read again
@@ -54,6 +55,7 @@ def limit_memory(pid: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_large_for_the_memory_of_a_stage(model: Path) -> None:
     engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
     sizes = ("--pipeline-parallel-size", "2", "--kv-cache-memory", "8MiB")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fault_fixtures import Stream, note, seconds_until, server, stop
-from test_faults_memory import PROMPT, limit_memory, save_wide_model, workers
+from fault_fixtures import Stream, note, seconds_until, server, stop, workers
+from test_faults_memory import PROMPT, limit_memory, save_wide_model
 
 
 def test_a_prompt_that_is_too_large_for_the_memory_of_a_share(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         LLM(folder, dtype="float32", kv_cache_dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16"])
 def test_the_facts_name_the_memory_that_the_kv_cache_takes(
     tmp_path: Path, kv_cache_dtype: str

@@ -30,7 +30,12 @@ from stallfree.engine.streams import Stream, Streams
 from stallfree.engine.tokenizer import Tokenizer
 from stallfree.engine.trace import EngineTrace
 from stallfree.engine.trace_recorder import TraceRecorder
-from stallfree.errors import EngineStoppedError, ExecutorError, WorkersLostError
+from stallfree.errors import (
+    EngineStoppedError,
+    ExecutorError,
+    InvalidRequestError,
+    WorkersLostError,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,11 @@ from stallfree.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidRequestError,
+    NoReplicaError,
     ReplicaLostError,
 )
 from stallfree.replicas.dispatch import Dispatcher, no_replica
+from stallfree.replicas.member import Member
 from stallfree.replicas.roster import Roster
 from stallfree.replicas.trace import FleetTrace
 
@@ -141,7 +143,7 @@ class ReplicatedEngine:
             return ready[min(ready)]
         if place in ready:
             return ready[place]
-        raise _no_replica() if place is None else NoReplicaError(f"replica {place} is not ready")
+        raise no_replica() if place is None else NoReplicaError(f"replica {place} is not ready")
 
     def start(self) -> None:
         """Take requests in this event loop from now on."""
