@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -139,10 +139,8 @@ class GroupPeers:
             dist.all_reduce(x, operation, group=self._group)
         return x
 
-    @contextmanager
-    def _one(self) -> Iterator[None]:
+    def _one(self) -> AbstractContextManager[None]:
         """One of the exchanges that are expected, if any are."""
         if self._expected:
             self._expected.popleft()
-        with contact():
-            yield
+        return contact()
