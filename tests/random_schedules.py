@@ -75,6 +75,7 @@ class Setup:
     has_tiers: bool
     prefix_caching: bool
     growth_blocks: int
+    copies_blocks: bool
     seed: int
 
 
@@ -95,6 +96,7 @@ setups = st.builds(
     has_tiers=st.booleans(),
     prefix_caching=st.booleans(),
     growth_blocks=st.integers(0, 2),
+    copies_blocks=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 
@@ -117,6 +119,7 @@ class Run:
             is_fair=setup.is_fair,
             prefix_caching=setup.prefix_caching,
             growth_blocks=setup.growth_blocks,
+            copies_blocks=setup.copies_blocks,
         )
         self.budget = RestlessBudget(setup.budget, setup.tile, self.random)
         self.scheduler = Scheduler(config, pool, self.budget)

@@ -25,6 +25,21 @@ def test_invariants_hold_over_random_schedules(setup: Setup, arrivals: int) -> N
         run_through(Run(setup), arrivals)
 
 
+def test_random_schedules_do_copy_blocks() -> None:
+    """That the test above is of something."""
+    num_copied = 0
+    for seed in range(30):
+        setup = Setup(
+            *("sarathi", 40, 1, 40, 8, 8, 2, 2, True, 0.0, "fcfs", False, True, True, 0),
+            copies_blocks=True,
+            seed=seed,
+        )
+        run = Run(setup)
+        run_through(run, 12)
+        num_copied += run.model.num_copied
+    assert num_copied > 30
+
+
 def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
     own = scheduler(num_blocks=4)
     first, second, third = request("first", 7), request("second", 7), request("third", 4)

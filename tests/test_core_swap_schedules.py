@@ -29,17 +29,21 @@ class SwapModel(ExactModel):
     """Remembers what the slots of the swap space hold, too."""
 
     held: dict[int, list[tuple[int, int, object]]] = field(default_factory=dict)
+    whose: dict[int, str] = field(default_factory=dict)
 
     def run(self, batch: Batch) -> list[int]:
         size = self.pool.block_size
         for block, slot, _ in batch.copies.outs:
             self.held[slot] = [self.slots[block * size + place] for place in range(size)]
+            self.whose[slot] = self.users[block]
+        self.copy_within(batch)
         for slot, block in batch.copies.ins:
             assert self.pool.num_holders(block) == 1
             assert self.pool.key_of(block) is None
             for place, what in enumerate(self.held[slot]):
                 self.slots[block * size + place] = what
-        return super().run(batch)
+            self.users[block] = self.whose[slot]
+        return self.run_chunks(batch)
 
 
 class WatchedBudget(RestlessBudget):
@@ -120,6 +124,7 @@ def test_random_schedules_do_swap(caches: bool, depth: int) -> None:
         *("sarathi", 40, 1, 12, 4, 8, depth, depth, True, 0.0, "fcfs", False, True),
         prefix_caching=caches,
         growth_blocks=0,
+        copies_blocks=True,
         seed=0,
     )
     num_ins = 0

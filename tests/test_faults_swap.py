@@ -1,4 +1,4 @@
-"""A swap space in a file whose disk fills or fails: nothing is swapped any more, no text changes.
+"""A swap space in a file whose disk fills or fails: KV is not copied any more, no text changes.
 
 What clients send together needs more KV than the cache holds, so that some are always preempted.
 """
@@ -76,7 +76,7 @@ def check_nothing_is_swapped(own: Server, expected: list[str]) -> None:
     copied = num_copied(own, "out"), num_copied(own, "in")
     until(own, expected, lambda: True)
     assert (num_copied(own, "out"), num_copied(own, "in")) == copied
-    assert own.log.count("nothing is swapped any more: ") == 1
+    assert own.log.count("KV is not copied any more: ") == 1
 
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="there is no disk in memory")
@@ -93,7 +93,7 @@ def test_the_disk_of_the_swap_space_fails(model: Path, fault: str, direction: st
         until(own, expected, lambda: num_copied(own, "in") > 0)
         before = own.left()
         own.fault(f"swap {direction}")
-        until(own, expected, lambda: "nothing is swapped any more" in own.log)
+        until(own, expected, lambda: "KV is not copied any more" in own.log)
         assert own.is_healthy()
         own.fault(None)
         check_nothing_is_swapped(own, expected)
@@ -111,11 +111,11 @@ def test_the_disk_of_the_swap_space_fills(model: Path, disk: Path, stages: tuple
         fill(disk)
         until(own, expected, lambda: num_copied(own, "in") > 0)
         before = own.left()
-        assert "nothing is swapped any more" not in own.log
+        assert "KV is not copied any more" not in own.log
         for file in swap_files(own, disk):
             os.truncate(file, 0)
         fill(disk)
-        until(own, expected, lambda: "nothing is swapped any more" in own.log)
+        until(own, expected, lambda: "KV is not copied any more" in own.log)
         assert own.is_healthy()
         check_nothing_is_swapped(own, expected)
         assert "the swap space cannot be used: [Errno 28] No space left on device" in own.log

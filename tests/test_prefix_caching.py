@@ -94,8 +94,9 @@ def test_conversations_are_answered_as_without_caching(tmp_path: Path, dtype: st
     assert cached[0] == {("0 0", 0): 0, ("0 1", 0): 32}
     assert cached[1] == {("1 0", 0): 48, ("1 1", 0): 48}
     assert cached[2] == {("2 0", 0): 80, ("2 1", 0): 80}
-    assert set(cached[3].values()) == {96}
-    assert plain.scheduler.prefix_hits == 3 * 96  # the other completions of one prompt
+    # one that begins late finds that the first has filled the block of the last 14 tokens
+    assert {96} <= set(cached[3].values()) <= {96, 109}
+    assert plain.scheduler.prefix_hits - 3 * 96 in (0, 13)  # the other completions of one prompt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

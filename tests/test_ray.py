@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,10 @@ def test_a_replica_goes_with_each_of_its_processes_and_is_replaced(
             for place in (0, 1):
                 labels = f'{{kind="busy",replica="{place}",stage="0"}}'
                 assert f"stallfree_stage_seconds_total{labels}" in metrics
+                with httpx.stream("GET", f"{url}/dashboard/feed?replica={place}") as feed:
+                    snapshot, records = islice(filter(None, feed.iter_lines()), 2)
+                assert f'"replica":{place}' in snapshot
+                assert '"kind":"iteration"' in records
             for replica, share, how in ((0, 1, signal.SIGKILL), (1, 0, signal.SIGSTOP)):
                 victims = workers_of(before[replica])
                 os.kill(sorted(victims)[share], how)

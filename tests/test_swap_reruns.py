@@ -12,6 +12,7 @@ from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.engine.loop import OneStage
 from stallfree.errors import CopyError, ExecutorError, OutOfMemoryError
+from stallfree.executor.copier import BlockCopies
 from stallfree.executor.output import ExecutorOutput, Sample
 from stallfree.executor.rerun import RerunningPipeline
 
@@ -44,13 +45,13 @@ def test_copies_are_done_once_although_a_batch_is_run_in_parts() -> None:
     stage = OneStage(lambda: _Fails(events), lambda copies: events.append(f"copy {copies.ins}"))
     stage.submit(copying_batch())
     stage.collect()
-    assert events == [f"copy {(CopyIn(0, 0),)}", "run 2", "run 2", "run 1", "run 1"]
+    assert events == ["copy ((0, 0),)", "run 2", "run 2", "run 1", "run 1"]
 
 
 def test_nothing_runs_after_copies_that_failed() -> None:
     events: list[str] = []
 
-    def copy(copies: Copies) -> None:
+    def copy(copies: BlockCopies) -> None:
         raise CopyError("the disk is gone")
 
     stage = OneStage(lambda: _Fails(events), copy)

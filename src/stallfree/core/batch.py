@@ -47,23 +47,32 @@ class CopyIn(NamedTuple):
     block: int
 
 
+class CopyWithin(NamedTuple):
+    """A block that is copied to another one."""
+
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """What is copied, once, before the chunks of a batch run: all that goes out before the rest.
+    """What is copied, once, before the chunks of a batch run: each kind before the next.
 
     Attributes:
         outs: blocks that others are about to write to.
+        within: blocks whose beginnings the chunks share; a source may be the target of another.
         ins: blocks that the chunks read.
         seconds: that it is predicted to take.
     """
 
     outs: tuple[CopyOut, ...] = ()
+    within: tuple[CopyWithin, ...] = ()
     ins: tuple[CopyIn, ...] = ()
     seconds: float = 0.0
 
     def __bool__(self) -> bool:
         """Whether there is anything to copy."""
-        return bool(self.outs or self.ins)
+        return bool(self.outs or self.within or self.ins)
 
 
 NO_COPIES = Copies()
@@ -78,7 +87,7 @@ class Batch:
         num_decodes: chunks that continue an answer.
         sampling: the chunks that end in a sampled token, in order.
         token_limit: the budget that was in force; None without one.
-        copies: between the KV cache and the swap space.
+        copies: within the KV cache, and between it and the swap space.
     """
 
     __slots__ = ("chunks", "copies", "num_decodes", "num_tokens", "sampling", "token_limit")

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from stallfree.core.partial_blocks import PartialBlocks
+
 
 class OutOfBlocksError(Exception):
     """More blocks were asked for than are free; nothing was allocated."""
@@ -28,6 +30,7 @@ class BlockPool:
     goes first. A block table is let go from its end, so leaves go before what they follow on.
 
     Attributes:
+        partial: the beginnings of blocks that have a key.
         on_forget: called with each block that is allocated anew, and the key of what it held.
     """
 
@@ -41,6 +44,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._keys: dict[int, bytes] = {}  # by block
         self._found: dict[bytes, int] = {}  # blocks by key
+        self.partial = PartialBlocks()
         self.on_forget: Callable[[int, bytes], None] = lambda block, key: None  # noqa: ARG005
 
     @property
@@ -79,6 +83,7 @@ class BlockPool:
             block, _ = self._kept.popitem(last=False)
             key = self._keys.pop(block)
             del self._found[key]
+            self.partial.remove(block)
             self.on_forget(block, key)
             blocks.append(block)
         for block in blocks:
@@ -127,6 +132,7 @@ class BlockPool:
         self._kept.clear()
         self._keys.clear()
         self._found.clear()
+        self.partial = PartialBlocks()
 
     def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
         """Compare the pool with the block tables of all requests that hold blocks.
@@ -148,5 +154,7 @@ class BlockPool:
             raise IntegrityError("the free lists and the reference counts disagree")
         if {key: block for block, key in self._keys.items()} != self._found:
             raise IntegrityError("the keys of blocks and the blocks of keys disagree")
+        if not self.partial.blocks <= self._keys.keys():
+            raise IntegrityError("a block is found by its beginning, and not as a whole")
         if any((block in self._kept) != (block in self._keys) for block in free):
             raise IntegrityError("a free block has a key and is not kept, or is and has none")

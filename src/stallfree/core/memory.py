@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
-from stallfree.core.batch import NO_COPIES, Copies, CopyIn
+from stallfree.core.batch import NO_COPIES, Copies, CopyIn, CopyWithin
 from stallfree.core.blocks import BlockPool
 from stallfree.core.policies import POLICIES
 from stallfree.core.prefix_cache import PrefixCache, Sharing
@@ -46,6 +47,7 @@ class Memory:
         self.pool = pool
         self._swap = swap
         self._ins: list[CopyIn] = []  # of the next batch
+        self._within: list[CopyWithin] = []
         if swap is not None:
             pool.on_forget = swap.note_forgotten
         self._reserves = POLICIES[config.policy].reserves_context
@@ -58,7 +60,8 @@ class Memory:
             )
         sharing = Sharing.GROUPS if swap is None else Sharing.ITSELF
         sharing = Sharing.ALL if config.prefix_caching else sharing
-        self.cache = PrefixCache(pool, Sharing.NOTHING if self._reserves else sharing, salt)
+        sharing = Sharing.NOTHING if self._reserves else sharing
+        self.cache = PrefixCache(pool, sharing, salt, copies=config.copies_blocks)
         watermark = 0 if self._reserves else config.watermark
         self.watermark_blocks = int(watermark * pool.num_blocks)
         self.num_asked = self.num_hit = 0
@@ -70,8 +73,11 @@ class Memory:
 
     def num_found(self, request: Request) -> int:
         """Tokens of a request that waits whose KV is there, or in the swap space."""
-        found = self.cache.find(request)
-        return (len(found) + len(self._swapped(request, len(found)))) * self.pool.block_size
+        num_found = len(self.cache.find(request))
+        num_swapped = len(self._swapped(request, num_found))
+        part = None if num_swapped else self.cache.find_part(request, num_found)
+        num_tokens = (num_found + num_swapped) * self.pool.block_size
+        return num_tokens + (part.num_tokens if part else 0)
 
     def is_swapped(self, request: Request) -> bool:
         """Whether KV of a request that waits would be copied in."""
@@ -109,14 +115,21 @@ class Memory:
         """Give requests their tables, together: what one finds is not allocated to another."""
         found = [self.cache.find(request) for request in requests]
         swapped = [self._swapped(*each) for each in zip(requests, map(len, found), strict=True)]
+        parts = [
+            None if slots else self.cache.find_part(request, len(blocks))
+            for request, blocks, slots in zip(requests, found, swapped, strict=True)
+        ]
         for blocks in found:
             self.pool.share(blocks)
-        for request, blocks, slots in zip(requests, found, swapped, strict=True):
+        for request, blocks, slots, part in zip(requests, found, swapped, parts, strict=True):
             new = self.pool.allocate(self._blocks_of(request) - len(blocks))
             self._ins += map(CopyIn, slots, new)
             request.block_table = [*blocks, *new]
             request.num_kept_blocks = len(blocks)
             request.num_computed_tokens = (len(blocks) + len(slots)) * self.pool.block_size
+            if part is not None:
+                self._within.append(CopyWithin(part.block, new[0]))
+                request.num_computed_tokens += part.num_tokens
             request.num_confirmed_tokens = len(blocks) * self.pool.block_size
             if self._swap is not None:
                 self._swap.leave(request)
@@ -151,8 +164,9 @@ class Memory:
         if self._swap is not None:
             self._swap.forget()
 
-    def stop_swapping(self) -> None:
-        """What is in the swap space is lost, and nothing is kept there from now on."""
+    def stop_copying(self) -> None:
+        """What is in the swap space is lost, and nothing is copied from now on."""
+        self.cache.stop_copying()
         if self._swap is not None:
             self._swap.stop()
 
@@ -162,10 +176,11 @@ class Memory:
 
     def next_copies(self) -> Copies:
         """What the next batch copies."""
-        if self._swap is None:
-            return NO_COPIES
-        copies = self._swap.next_copies(self._ins)
+        copies = NO_COPIES if self._swap is None else self._swap.next_copies(self._ins)
+        if self._within:
+            copies = replace(copies, within=tuple(self._within))
         self._ins.clear()
+        self._within.clear()
         return copies
 
     def _release(self, request: Request) -> None:

@@ -7,8 +7,8 @@ prompt can be made to collide with another's. Hashing with a salt after vLLM.
 
 Only full blocks are shared, and only once the batch that computed them came back. A request writes
 at positions after all that it found, so in blocks of its own: nothing that is shared is ever
-written to, and the copy of copy-on-write is never needed. At least one token is left to compute,
-since the next one is sampled from what comes of it.
+written to. Where it goes on as a block begins, it writes to a copy of that (see `partial_blocks`).
+At least one token is left to compute, since the next one is sampled from what comes of it.
 
 Two requests may compute the same block, one because it may not use what is there. Then the first of
 the two blocks is found, and the other one is known to its holder alone.
@@ -24,6 +24,7 @@ from hashlib import sha256
 from itertools import islice
 
 from stallfree.core.blocks import BlockPool, IntegrityError
+from stallfree.core.partial_blocks import Part
 from stallfree.core.request import Request
 from stallfree.core.targets import RANKS
 
@@ -46,10 +47,14 @@ class PrefixCache:
         pool: whose blocks they are.
         sharing: who shares them.
         salt: at the beginning of each chain of keys; random, where tenants do not trust each other.
+        copies: whether blocks are copied, so that their beginnings can be shared.
     """
 
-    def __init__(self, pool: BlockPool, sharing: Sharing, salt: bytes = b"") -> None:
+    def __init__(
+        self, pool: BlockPool, sharing: Sharing, salt: bytes = b"", *, copies: bool = False
+    ) -> None:
         self._pool = pool
+        self._copies = copies
         self._sharing = sharing
         self._salt = salt
         self._promised: list[Counter[bytes]] = [Counter() for _ in RANKS]  # by rank: live prompts
@@ -112,6 +117,19 @@ class PrefixCache:
             blocks.append(block)
         return blocks
 
+    def find_part(self, request: Request, num_found: int) -> Part | None:
+        """A block that begins as a request that waits goes on after `num_found` blocks."""
+        if not (self._copies and self.may_find(request)):
+            return None
+        first = num_found * self._pool.block_size
+        tokens = request.tokens(first, min(first + self._pool.block_size, request.num_tokens - 1))
+        before = self._before(request, num_found)
+        return self._pool.partial.find(before, request.targets.user, tokens)
+
+    def stop_copying(self) -> None:
+        """Blocks cannot be copied: share only whole ones from now on."""
+        self._copies = False
+
     def confirm(self, request: Request) -> None:
         """Let the full blocks of what came back of a running request be found."""
         count = request.num_confirmed_tokens // self._pool.block_size
@@ -119,8 +137,22 @@ class PrefixCache:
             return
         self._make_keys(request, count)
         for place in range(request.num_kept_blocks, count):
-            self._pool.keep(request.block_table[place], request.block_keys[place])
+            self._keep(request, place)
         request.num_kept_blocks = count
+
+    def _keep(self, request: Request, place: int) -> None:
+        block, key = request.block_table[place], request.block_keys[place]
+        self._pool.keep(block, key)
+        if self._copies and self._pool.key_of(block) == key:
+            size = self._pool.block_size
+            tokens = request.tokens(place * size, (place + 1) * size)
+            self._pool.partial.add(
+                block, self._before(request, place), request.targets.user, tokens
+            )
+
+    def _before(self, request: Request, place: int) -> bytes:
+        """The key of the block before the one at `place`."""
+        return request.block_keys[place - 1] if place else self._root(request)
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Check that what can be found is what the tables of all live requests say.

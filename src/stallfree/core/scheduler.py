@@ -230,12 +230,12 @@ class Scheduler:
         self._memory.forget()
         self._take_back(batches)
 
-    def stop_swapping(self, batches: Sequence[Batch]) -> None:
+    def stop_copying(self, batches: Sequence[Batch]) -> None:
         """Take back all batches in flight, as KV could not be copied, and copy none from now on.
 
         Requests wait again; what they had computed is in the KV cache until others need the room.
         """
-        self._memory.stop_swapping()
+        self._memory.stop_copying()
         self._take_back(batches)
 
     def _take_back(self, batches: Sequence[Batch]) -> None:

@@ -24,6 +24,7 @@ class SchedulerConfig:
             they need next, and preempted again.
         prefix_caching: whether requests that begin alike share blocks. If not, completions of one
             prompt still do.
+        copies_blocks: whether what runs the batches can copy blocks (see `partial_blocks`).
         num_stages: batches that are in flight at once; each takes its share of the decodes.
         sequence_pipelining: whether consecutive chunks of one prompt may be in flight at once.
         prefill_order: a name in `PREFILL_ORDERS`.
@@ -39,6 +40,7 @@ class SchedulerConfig:
     watermark: float = 0.01
     growth_blocks: int = 1
     prefix_caching: bool = False
+    copies_blocks: bool = False
     num_stages: int = 1
     sequence_pipelining: bool = False
     prefill_order: str = "fcfs"

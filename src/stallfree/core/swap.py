@@ -164,7 +164,7 @@ class SwapSpace:
         if not outs and not ins:
             return NO_COPIES
         seconds = len(outs) * self._costs.out_s + len(ins) * self._costs.in_s
-        return Copies(tuple(outs), tuple(ins), seconds)
+        return Copies(tuple(outs), ins=tuple(ins), seconds=seconds)
 
     def note_done(self, copies: Copies) -> None:
         """A batch came back."""

@@ -27,9 +27,11 @@ from stallfree.engine.settings import EngineSettings
 from stallfree.engine.swapping import Swapping
 from stallfree.engine.tokenizer import Tokenizer, load_tokenizer
 from stallfree.errors import ConfigError
+from stallfree.executor.copier import Copier
 from stallfree.executor.distributed import DistributedPipeline
 from stallfree.executor.launch import Launcher
 from stallfree.executor.output import Executor
+from stallfree.executor.torch_executor import TorchExecutor
 from stallfree.kernels.int8_matmul import ROWS as INT8_TILE_TOKENS
 from stallfree.model.config import ModelConfig
 from stallfree.model.loading import Computation
@@ -93,6 +95,9 @@ def build_engine(
         swapping = None
         if settings.swaps:
             swapping = Swapping(settings, executor, pool, token_bytes, device, neighbours)
+        copy = None
+        if isinstance(executor, TorchExecutor):
+            copy = Copier(executor.cache, swapping.store if swapping else None).copy
         max_model_len = min(context, pool.num_tokens)
         facts = EngineFacts(
             model_name=source.name,
@@ -131,6 +136,7 @@ def build_engine(
                 prefill_order=settings.prefill_order,
                 is_fair=settings.fair,
                 prefix_caching=settings.prefix_caching,
+                copies_blocks=True,
             ),
             pool,
             budget,
@@ -150,7 +156,7 @@ def build_engine(
                 settings.max_queued_requests, settings.max_queued_tokens, settings.admit_within_slo
             ),
             pipeline=executor if isinstance(executor, DistributedPipeline) else None,
-            copy=swapping.copy if swapping else None,
+            copy=copy,
             restarts=settings.restart_workers,
             iteration_file=iteration_file,
         )

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from stallfree.core.admission import Admission
-from stallfree.core.batch import Batch, Copies
+from stallfree.core.batch import Batch
 from stallfree.core.counter_random import mix
 from stallfree.core.request import Request
 from stallfree.core.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ from stallfree.errors import (
     OverloadedError,
     WorkersLostError,
 )
+from stallfree.executor.copier import BlockCopies
 from stallfree.executor.output import Executor, WorkerPipeline
 from stallfree.executor.rerun import RerunningPipeline
 
@@ -45,8 +46,7 @@ class Engine:
         scheduler: decides each iteration.
         executor: runs it.
         pipeline: runs several at once, if it can.
-        copy: copies for the executor between the KV cache and the swap space, if there is one; a
-            pipeline does that itself.
+        copy: copies KV for the executor; a pipeline does that itself.
         clock: stamps arrivals.
         tokenizer: turns tokens into text.
         facts: what all this was built with.
@@ -75,7 +75,7 @@ class Engine:
         tiers: Mapping[str, Targets] | None = None,
         admission: Admission | None = None,
         pipeline: WorkerPipeline | None = None,
-        copy: Callable[[Copies], None] | None = None,
+        copy: Callable[[BlockCopies], None] | None = None,
         restarts: bool = False,
         iteration_file: IterationFile | None = None,
     ) -> None:
@@ -236,7 +236,7 @@ class Engine:
             return self._recover(error, iteration.lost)
         self._tell_of(iteration)
         if isinstance(error, CopyError):  # its requests wait again
-            logger.error("nothing is swapped any more: %s", error)
+            logger.error("KV is not copied any more: %s", error)
             return []
         if iteration.output is None:
             assert error is not None, "an iteration gives an output or an error"
@@ -290,7 +290,7 @@ class Engine:
         start_anew(self._workers)
         self.is_restarting = False
         if not self._workers.can_swap:
-            self.scheduler.stop_swapping(())
+            self.scheduler.stop_copying(())
         kind = OutOfMemoryError if error.no_memory else ExecutorError
         reason = kind(f"the workers that ran this request were lost again and again: {error}")
         return self._completions.fail(self._losses.note(lost), reason)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stallfree.core.batch import Batch, Copies
+from stallfree.core.batch import Batch
 from stallfree.core.request import FinishReason
 from stallfree.core.scheduler import Scheduler
 from stallfree.engine.clock import Clock
 from stallfree.errors import CopyError, ExecutorError, WorkersLostError
+from stallfree.executor.copier import BlockCopies
 from stallfree.executor.output import Executor, ExecutorOutput, Pipeline
 from stallfree.executor.parts import run_in_parts
 
@@ -90,7 +91,7 @@ class Loop:
             lost = (batch, *(each for each, _ in self._in_flight))
             self._in_flight.clear()
             if isinstance(error, CopyError):
-                self.scheduler.stop_swapping(lost)
+                self.scheduler.stop_copying(lost)
             else:
                 self.scheduler.recompute(lost)
             return Iteration(batch, started_s, error=error, lost=lost)
@@ -131,13 +132,13 @@ class OneStage:
 
     Args:
         executor: gives the executor, asked each time.
-        copy: between the KV cache and the swap space; None if there is none.
+        copy: copies KV; None where the scheduler has none copied.
     """
 
     num_stages = 1
 
     def __init__(
-        self, executor: Callable[[], Executor], copy: Callable[[Copies], None] | None = None
+        self, executor: Callable[[], Executor], copy: Callable[[BlockCopies], None] | None = None
     ) -> None:
         self._executor = executor
         self._copy = copy
@@ -152,6 +153,6 @@ class OneStage:
         batch, self._batch = self._batch, None
         assert batch is not None, "nothing was submitted"
         if batch.copies:
-            assert self._copy is not None, "there is no swap space"
-            self._copy(batch.copies)
+            assert self._copy is not None, "nothing copies KV"
+            self._copy(BlockCopies.of(batch.copies))
         return run_in_parts(self._executor(), batch)

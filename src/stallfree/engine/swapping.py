@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from stallfree.core.batch import Copies
 from stallfree.core.blocks import BlockPool
 from stallfree.core.budget import SloBudget, TokenBudget
 from stallfree.core.step_time import BatchShape, StepTimeModel, chunk_context
@@ -39,6 +38,9 @@ class Swapping:
         device: where the cache is.
         neighbours: engines that share this machine; together they ask for no more than there is.
 
+    Attributes:
+        store: the slots, if they are in this process.
+
     Raises:
         ConfigError: there is no room for it.
         CopyError: it cannot be written or read.
@@ -65,15 +67,15 @@ class Swapping:
             )
         targets = [each.tbt_s for each in settings.tiers.values() if each.tbt_s is not None]
         self._most_s = _COPY_SHARE * min(targets) if targets else None
-        self._store: SwapStore | None = None
+        self.store: SwapStore | None = None
         if isinstance(executor, DistributedPipeline):
             try:
                 self._times = executor.make_swap(self._num_slots, settings.swap_dir)
             except MemoryError as error:
                 raise ConfigError(str(error)) from error
         else:
-            self._store = SwapStore(executor.cache, self._num_slots, settings.swap_dir)
-            self._times = self._store.measure()
+            self.store = SwapStore(executor.cache, self._num_slots, settings.swap_dir)
+            self._times = self.store.measure()
 
     def space(self, budget: TokenBudget, times: StepTimeModel) -> SwapSpace:
         """Its slots, for the scheduler.
@@ -97,15 +99,6 @@ class Swapping:
         )
         costs = SwapCosts(recompute_s, self._times.out_s, self._times.in_s, self._most_s)
         return SwapSpace(self._num_slots, self._block_size, costs)
-
-    def copy(self, copies: Copies) -> None:
-        """Do the copies of a batch in this process.
-
-        Raises:
-            CopyError: the swap space cannot be written or read.
-        """
-        assert self._store is not None, "the processes of the model copy"
-        self._store.copy([(out.block, out.slot) for out in copies.outs], copies.ins)
 
 
 def swap_bytes(

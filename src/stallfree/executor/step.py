@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from stallfree.core.batch import Batch, Chunk
 from stallfree.core.request import Request
+from stallfree.executor.copier import NO_BLOCK_COPIES, BlockCopies
 from stallfree.model.model_input import ModelInput, Rows
 from stallfree.model.sampler import SamplerRow
 
@@ -59,15 +60,13 @@ class Step:
         input: its tokens, and the block tables of their requests.
         sampled: one for each chunk of `Batch.sampling`, in order.
         scored: where requests asked for the log probabilities of their prompts.
-        outs: blocks that are copied to slots of the swap space before anything else.
-        ins: slots that are then copied to blocks.
+        copies: of KV, before anything else.
     """
 
     input: ModelInput
     sampled: tuple[SampledRow, ...]
     scored: tuple[ScoredRows, ...]
-    outs: tuple[tuple[int, int], ...] = ()
-    ins: tuple[tuple[int, int], ...] = ()
+    copies: BlockCopies = NO_BLOCK_COPIES
 
 
 def step_of(batch: Batch) -> Step:
@@ -85,13 +84,12 @@ def step_of(batch: Batch) -> Step:
         if chunk.samples:
             row = len(token_ids) - 1
             sampled.append(SampledRow(row, _sampler_row(request), request.params.logprobs))
-    copies = batch.copies
+    copies = BlockCopies.of(batch.copies) if batch.copies else NO_BLOCK_COPIES
     return Step(
         ModelInput(token_ids, chunks),
         tuple(sampled),
         tuple(scored),
-        tuple((out.block, out.slot) for out in copies.outs),
-        tuple((each.slot, each.block) for each in copies.ins),
+        copies,
     )
 
 

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from stallfree.errors import CopyError, StallfreeError
+from stallfree.executor.copier import BlockCopies, Copier
 from stallfree.executor.messages import (
     Crashed,
     Done,
@@ -36,7 +37,6 @@ from stallfree.executor.messages import (
     Run,
     WorkerSpec,
 )
-from stallfree.executor.step import Step
 from stallfree.executor.swap_store import SwapStore
 from stallfree.executor.torch_executor import TorchExecutor, memory_errors
 from stallfree.model.config import ModelConfig
@@ -101,8 +101,8 @@ class _Worker:
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
         self._arrived: queue.SimpleQueue[_Arrived | MakeCache | MakeSwap] = queue.SimpleQueue()
-        self._swap: SwapStore | None = None
-        self._has_failed = torch.empty(0)  # one number, of copying to and from it
+        self._copier: Copier | None = None
+        self._has_failed = torch.empty(0)  # one number, of copying
         self._sent: tuple[Any, torch.Tensor] | None = None  # the last transfer and what it reads
         self._peers: Alone | GroupPeers = Alone()
         self._line: Any = None  # the group of those that hidden states are sent to and come from
@@ -132,21 +132,20 @@ class _Worker:
             self._connection.send(Ready(str(error)))
             signal.pause()  # until the driver ends all
         executor = TorchExecutor(decoder, cache)
+        self._copier, self._has_failed = Copier(cache), decoder.new_hidden(1)[:, :1]
         self._connection.send(Ready())
         while True:
             arrived = self._arrived.get()
             if isinstance(arrived, MakeSwap):
-                self._make_swap(cache, arrived)
+                self._make_swap(cache, self._copier, arrived)
                 continue
             assert isinstance(arrived, _Arrived), "there is one KV cache"
             self._connection.send(self._step(executor, arrived))
 
-    def _make_swap(self, cache: Any, wanted: MakeSwap) -> None:
+    def _make_swap(self, cache: Any, copier: Copier, wanted: MakeSwap) -> None:
         try:
-            self._swap = SwapStore(cache, wanted.num_slots, wanted.folder)
-            assert self._new_hidden is not None, "there is a KV cache before the weights"
-            self._has_failed = self._new_hidden(1)[:, :1]
-            times = self._swap.measure()
+            copier.swap = SwapStore(cache, wanted.num_slots, wanted.folder)
+            times = copier.swap.measure()
         except (StallfreeError, OSError) as error:
             self._connection.send(Ready(str(error)))
             signal.pause()  # until the driver ends all
@@ -202,8 +201,8 @@ class _Worker:
         received = arrived.wait()
         started_s, hidden = time.monotonic(), None
         try:
-            if run.step.outs or run.step.ins:
-                self._copy(run.step)
+            if any(run.step.copies):
+                self._copy(run.step.copies)
             self._peers.expect(executor.exchanges(run.step))
             hidden = executor.forward(run.step, received)
             if self._spec.following is None:
@@ -223,20 +222,20 @@ class _Worker:
             output = None  # its peers have the same
         return Done(run.step_id, started_s, ended_s, output, failure, no_memory, no_copy)
 
-    def _copy(self, step: Step) -> None:
-        """Copy KV between the cache and the swap space.
+    def _copy(self, copies: BlockCopies) -> None:
+        """Copy KV.
 
         Raises:
             CopyError: it failed here or in a process that shares the layers; in all of them alike.
         """
-        assert self._swap is not None, "there is no swap space"
+        assert self._copier is not None, "a batch came before the KV cache"
         failure: CopyError | None = None
         try:
-            self._swap.copy(step.outs, step.ins)
+            self._copier.copy(copies)
         except CopyError as error:
             failure = error
         if self._peers.largest(self._has_failed.fill_(failure is not None)).item():
-            raise failure or CopyError("the swap space of a process with the same layers failed")
+            raise failure or CopyError("a process with the same layers could not copy KV")
 
     def _send(self, run: Run, hidden: torch.Tensor | None) -> None:
         """Send hidden states to the next stage, while the next batch computes; zeros for none."""
