@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_fixtures import tiny_settings
@@ -64,9 +65,9 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(10, 500), k=count)
 
 
-def make_engine(folder: Path, dtype: str = "int8", **changes: object) -> Engine:
+def make_engine(folder: Path, dtype: str = "int8", **changes: Any) -> Engine:
     settings = replace(tiny_settings(folder), dtype=dtype, seed=1)
-    return build_engine(replace(settings, **changes), show_progress=False)  # type: ignore[arg-type]
+    return build_engine(replace(settings, **changes), show_progress=False)
 
 
 def answers(engine: Engine, prompts: list[list[int]], user: str = "") -> list[tuple[object, int]]:
@@ -100,7 +101,7 @@ def sharing(count: int, first: int) -> list[list[int]]:
     ids=["one process", "TP 2", "PP 2", "swap"],
 )
 def test_requests_that_part_within_a_block_share_its_beginning(
-    tmp_path: Path, sizes: dict[str, object]
+    tmp_path: Path, sizes: dict[str, Any]
 ) -> None:
     plain = make_engine(tmp_path, prefix_caching=False)
     prompts = [*sharing(5, 1), tokens(60), tokens(63), tokens(3)]
