@@ -31,7 +31,7 @@ COMPILE = """
 import numpy as np
 from numba import typeof
 from stallfree.kernels import layers, shapes
-from stallfree.kernels.processor import HAS_AVX512, HAS_VNNI
+from stallfree.kernels.processor import HAS_AVX512, HAS_BF16, HAS_VNNI
 from stallfree.kernels.int8_matmul import WEIGHT_LEVELS
 
 assert HAS_AVX512 and HAS_VNNI and WEIGHT_LEVELS == 127
@@ -52,7 +52,8 @@ def product(dimensions):
 
 floats = [zeros(n, np.float32) for n in range(5)]
 ints = [zeros(n, np.int64) for n in range(4)]
-halves = zeros(2, np.uint16)
+halves = zeros(2, np.int16)  # bfloat16
+factors = halves if HAS_BF16 else floats[2]
 one, many = product(1), product(2)
 every = shapes.Layers(
     floats[2], many, floats[2], floats[2], many, floats[2], many, many, floats[2], floats[2],
@@ -75,12 +76,13 @@ scratch = shapes.Scratch(
     barrier=ints[1],
     thread_sums=zeros(2, np.int32),
     thread_row=floats[2],
-    thread_queries=floats[2],
+    thread_queries=factors,
     thread_out=floats[2],
     thread_total=floats[2],
     thread_stats=floats[3],
-    thread_weights=floats[2],
+    thread_weight_sums=floats[2],
     thread_scores=floats[2],
+    thread_weights=factors,
     thread_places=ints[2],
 )
 job = shapes.Job(shape, shapes.Cache(halves, halves), work, scratch)
@@ -96,9 +98,10 @@ import pathlib, sys, torch
 import int8_models as m
 import test_kernels as k
 
-assert k.WEIGHT_LEVELS == 63
+levels = int(sys.argv[3])
+assert k.WEIGHT_LEVELS == levels
 k.test_sums_of_products_are_exact()
-k.test_the_largest_sums_are_exact(255, 0, -63)
+k.test_the_largest_sums_are_exact(255, 0, -levels)
 k.test_rows_are_normed_and_rounded_to_the_nearest_level()
 d = m.make_decoder(pathlib.Path(sys.argv[1]))
 errors = m.attention_errors(d, m.make_tokens(2100), 16, m.STOPS)
@@ -111,7 +114,7 @@ torch.save(whole, sys.argv[2])
 
 
 def run_on(
-    processor: str, features: Sequence[str], cache: Path, program: str, *arguments: Path
+    processor: str, features: Sequence[str], cache: Path, program: str, *arguments: object
 ) -> None:
     """Run a program, of which nothing is compiled yet, as if this were `processor`."""
     environment = {
@@ -121,7 +124,9 @@ def run_on(
         "STALLFREE_CACHE": str(cache),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], env=environment, check=True
+    )
 
 
 @pytest.mark.skipif(HAS_VNNI, reason="this is such a processor")
@@ -131,10 +136,15 @@ def test_the_kernels_of_newer_processors_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_VNNI, reason="this is such a processor")
-def test_the_kernels_of_older_processors_are_right_too(tmp_path: Path) -> None:
-    """AVX2 without VNNI: other instructions, and weights of 7 bits."""
+@pytest.mark.parametrize(
+    ("processor", "features", "levels"), [("haswell", OLDER, 63), ("icelake-server", NEWER, 127)]
+)
+def test_the_kernels_of_older_processors_are_right_too(
+    tmp_path: Path, processor: str, features: Sequence[str], levels: int
+) -> None:
+    """AVX2 without VNNI: other instructions, and weights of 7 bits; AVX-512 without bfloat16."""
     folder, made = save_model(tmp_path / "model", "groups of 7"), tmp_path / "logits.pt"
-    run_on("haswell", OLDER, tmp_path, RUN, folder, made)
+    run_on(processor, features, tmp_path, RUN, folder, made, levels)
     ours = run(make_decoder(folder), make_tokens(1100), [])
     errors = relative_errors(torch.load(made), ours)
     assert errors.median() < 0.2  # near 1 if anything is misplaced

@@ -167,6 +167,10 @@ class Memory:
     def stop_copying(self) -> None:
         """What is in the swap space is lost, and nothing is copied from now on."""
         self.cache.stop_copying()
+        self.stop_swapping()
+
+    def stop_swapping(self) -> None:
+        """What is in the swap space is lost, and nothing is kept there from now on."""
         if self._swap is not None:
             self._swap.stop()
 

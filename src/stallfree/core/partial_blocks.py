@@ -5,16 +5,22 @@ share its beginning all the same: it can be copied, and the rest computed. So ea
 found is noted here under the key of the block before it, sorted by its tokens: the one with the
 longest common beginning is next to where the tokens that are looked for would stand.
 
-Only requests of the same user share beginnings of blocks. With them, prompts could be guessed token
-by token, by what is told of cached tokens; with whole blocks, 16 tokens at a time are too many.
+By what is told of cached tokens a prompt could be guessed, here one token after the other, where
+whole blocks take a guess of 16 at once. Keys begin with the name of an API key and a `cache_salt`,
+so other tenants find nothing. Within those, requests that name another user do not either; a client
+may name whom it likes, so that is no wall.
+
+Tokens are bytes in plain tuples, which the garbage collector need not look through.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import NamedTuple
+
+_WORD = 4  # bytes of a token
 
 
 class Part(NamedTuple):
@@ -24,25 +30,21 @@ class Part(NamedTuple):
     block: int
 
 
-_NOTHING = Part(0, -1)
-
-
-class _Entry(NamedTuple):
-    tokens: tuple[int, ...]
-    block: int
+_Place = tuple[bytes, str]  # the key before, and the user
+_Entry = tuple[bytes, int]  # tokens, and the block that holds them
 
 
 class PartialBlocks:
     """Blocks by what goes before them, whose they are, and what they hold."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[bytes, str], list[_Entry]] = {}
-        self._places: dict[int, tuple[tuple[bytes, str], _Entry]] = {}  # by block
+        self._entries: dict[_Place, tuple[_Entry, ...]] = {}  # sorted
+        self._noted: dict[int, tuple[_Place, _Entry]] = {}  # by block
 
     @property
     def blocks(self) -> set[int]:
         """All that are noted."""
-        return set(self._places)
+        return set(self._noted)
 
     def add(self, block: int, before: bytes, user: str, tokens: Sequence[int]) -> None:
         """Note a block.
@@ -53,31 +55,42 @@ class PartialBlocks:
             user: who computed it.
             tokens: that it holds.
         """
-        place, entry = (before, user), _Entry(tuple(tokens), block)
-        entries = self._entries.setdefault(place, [])
-        entries.insert(bisect_left(entries, entry), entry)
-        self._places[block] = place, entry
+        place, entry = (before, user), (_content(tokens), block)
+        entries = self._entries.get(place, ())
+        at = bisect_left(entries, entry)
+        self._entries[place] = (*entries[:at], entry, *entries[at:])
+        self._noted[block] = place, entry
 
     def remove(self, block: int) -> None:
         """Forget a block, if it is noted."""
-        place, entry = self._places.pop(block, (None, None))
-        if place is None or entry is None:
+        if block not in self._noted:
             return
-        entries = self._entries[place]
-        del entries[bisect_left(entries, entry)]
-        if not entries:
+        place, entry = self._noted.pop(block)
+        left = tuple(each for each in self._entries[place] if each is not entry)
+        if left:
+            self._entries[place] = left
+        else:
             del self._entries[place]
 
     def find(self, before: bytes, user: str, tokens: Sequence[int]) -> Part | None:
         """The block of a user that begins with the most of `tokens`; None without a common one."""
-        entries = self._entries.get((before, user), [])
-        at = bisect_left(entries, _Entry(tuple(tokens), -1))
+        entries = self._entries.get((before, user))
+        if entries is None:
+            return None
+        content = _content(tokens)
+        at = bisect_left(entries, (content, -1))
         beside = entries[max(0, at - 1) : at + 1]
-        parts = [Part(_num_common(each.tokens, tokens), each.block) for each in beside]
-        best = max(parts, default=_NOTHING)
+        best = max(Part(_num_common(held, content), block) for held, block in beside)
         return best if best.num_tokens else None
 
 
-def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many numbers both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _content(tokens: Sequence[int]) -> bytes:
+    return array("I", tokens).tobytes()
+
+
+def _num_common(one: bytes, other: bytes) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(one), len(other))
+    words = range(0, shorter, _WORD)
+    differing = (at for at in words if one[at : at + _WORD] != other[at : at + _WORD])
+    return next(differing, shorter) // _WORD

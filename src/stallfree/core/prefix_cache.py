@@ -28,6 +28,7 @@ from stallfree.core.partial_blocks import Part
 from stallfree.core.request import Request
 from stallfree.core.targets import RANKS
 
+_LEAST_PART = 4  # of a block, one in so many: less is not worth a copy
 _TOKEN = "I"  # how a token id is hashed: an unsigned int of this machine
 
 
@@ -124,7 +125,9 @@ class PrefixCache:
         first = num_found * self._pool.block_size
         tokens = request.tokens(first, min(first + self._pool.block_size, request.num_tokens - 1))
         before = self._before(request, num_found)
-        return self._pool.partial.find(before, request.targets.user, tokens)
+        part = self._pool.partial.find(before, request.targets.user, tokens)
+        least = self._pool.block_size // _LEAST_PART
+        return part if part is not None and part.num_tokens >= least else None
 
     def stop_copying(self) -> None:
         """Blocks cannot be copied: share only whole ones from now on."""

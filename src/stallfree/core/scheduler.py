@@ -230,6 +230,10 @@ class Scheduler:
         self._memory.forget()
         self._take_back(batches)
 
+    def stop_swapping(self) -> None:
+        """Keep nothing in the swap space from now on; no batch is in flight."""
+        self._memory.stop_swapping()
+
     def stop_copying(self, batches: Sequence[Batch]) -> None:
         """Take back all batches in flight, as KV could not be copied, and copy none from now on.
 

@@ -290,7 +290,7 @@ class Engine:
         start_anew(self._workers)
         self.is_restarting = False
         if not self._workers.can_swap:
-            self.scheduler.stop_copying(())
+            self.scheduler.stop_swapping()
         kind = OutOfMemoryError if error.no_memory else ExecutorError
         reason = kind(f"the workers that ran this request were lost again and again: {error}")
         return self._completions.fail(self._losses.note(lost), reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,13 +77,16 @@ class Copier:
             self._need_swap().copy((), copies.ins)
 
     def _copy_within(self, pairs: Pairs) -> None:
-        """All are read before any is written: a source may be the target of another."""
+        """All are read before any is written: a source may be the target of another.
+
+        One layer after the other, so that little memory is needed.
+        """
         sources, targets = (
             torch.tensor(ids, device=self._blocks[0].device) for ids in zip(*pairs, strict=True)
         )
         with torch.inference_mode():
-            for each in self._blocks:
-                each.index_copy_(1, targets, each.index_select(1, sources))
+            for layer in chain.from_iterable(self._blocks):
+                layer.index_copy_(0, targets, layer.index_select(0, sources))
 
     def _need_swap(self) -> SwapStore:
         assert self.swap is not None, "there is no swap space"
