@@ -133,8 +133,8 @@ def attention_errors(
         queries = queries.view(count, kv_heads, -1, depth)[rows].to(factors).double()
         attended = torch.from_numpy(scratch.attended).view(-1, padded(heads * depth, LANES))
         groups, lanes = (chunk.slots(block_size) // LANES, chunk.slots(block_size) % LANES)
-        keys = _matrices(cache.keys[-1], kv_heads, depth, LANES)[groups, :, :, lanes]
-        values = _matrices(cache.values[-1], kv_heads, LANES, padded(depth, LANES))
+        keys = matrices(cache.keys[-1], kv_heads, depth, LANES)[groups, :, :, lanes]
+        values = matrices(cache.values[-1], kv_heads, LANES, padded(depth, LANES))
         values = values[groups, :, lanes, :depth]
         scores = torch.einsum("tkgd,skd->kgts", queries, keys)
         places, at = torch.arange(stop), (start + rows)[:, None]
@@ -145,7 +145,7 @@ def attention_errors(
         yield float(error)
 
 
-def _matrices(floats: torch.Tensor, heads: int, rows: int, columns: int) -> torch.Tensor:
+def matrices(floats: torch.Tensor, heads: int, rows: int, columns: int) -> torch.Tensor:
     """Keys or values as float64 (groups, K, rows, columns): see `kernels.kv_layout`."""
     beside = 4 // floats.itemsize
     interleaved = floats.double().view(-1, heads, rows // beside, columns, beside)
