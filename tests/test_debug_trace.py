@@ -72,7 +72,7 @@ def test_each_iteration_and_each_phase_is_a_bar(engine: Engine) -> None:
     recorder = recorder_of(engine)
     recording = recorder.start(engine.clock.now())
     engine.add("one", [1] * 40, GREEDY, Targets("priority"))
-    engine.add("two", [1] * 4, GREEDY)
+    engine.add("two", [2] * 4, GREEDY)
     while engine.has_requests:
         engine.step()
     recorder.stop()

@@ -216,7 +216,7 @@ def test_a_batch_that_fails_in_one_stage_fails_alone(
 ) -> None:
     pipeline = two.engine.executor
     unknown = Request("bad", [10**6], GREEDY, max_tokens=1)
-    unknown.block_table = [0]
+    unknown.block_table = [two.engine.scheduler.pool.num_blocks - 1]  # which nobody uses
     batch = Batch([Chunk(unknown, 0, 1, True, False)])
     for _ in range(5):  # the first stage fails, and the second computes zeros
         with pytest.raises(ExecutorError, match=r"rank 0 .*failed:\n(.|\n)*IndexError"):

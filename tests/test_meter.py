@@ -90,7 +90,7 @@ def test_without_a_target_nothing_is_a_stall(engine: Engine) -> None:
 
 def test_an_engine_is_counted_to_the_token(engine: Engine, meter: Meter) -> None:
     engine.add("one", [1] * 40, GREEDY)  # of several chunks
-    engine.add("two", [1] * 5, GREEDY, Targets("flex"))
+    engine.add("two", [2] * 5, GREEDY, Targets("flex"))
     run(engine)
     assert meter.counts.num_prompt_tokens == 45
     assert meter.counts.num_output_tokens == 24

@@ -288,6 +288,7 @@ def test_streamed_chat_is_the_same(server: RunningServer) -> None:
     assert chunks[-1].choices == []
     usages = [usage.to_dict() for usage in (chunks[-1].usage, whole.usage) if usage is not None]
     assert all(usage.pop("scheduling_delay_ms") for usage in usages)  # no two wait the same time
+    assert all(usage.pop("prompt_tokens_details") for usage in usages)  # the first is cached
     assert usages[0] == usages[1]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 

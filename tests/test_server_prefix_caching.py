@@ -41,7 +41,7 @@ def test_the_usage_counts_cached_tokens(server: RunningServer) -> None:
     own = prompt(50, seed=1)
     assert complete(server, own) == 0
     assert complete(server, own) == 3 * BLOCK
-    assert complete(server, [*own[:40], 5, 5]) == 2 * BLOCK
+    assert complete(server, [*own[:40], 5, 5]) == 40  # part of the third block is copied
     assert complete(server, own, echo=True) == 3 * BLOCK
     assert complete(server, own, echo=True, logprobs=1) == 0
     assert complete(server, own, extra_body={"prompt_logprobs": 1}) == 0
