@@ -160,6 +160,7 @@ def engine_on(llm: LLM, policy: str, num_blocks: int) -> Engine:
     pipeline, own = llm.engine.executor, llm.engine.scheduler
     assert isinstance(pipeline, DistributedPipeline)
     pool = BlockPool(num_blocks, own.pool.block_size)
+    own.pool.forget()  # what its blocks hold is overwritten
     config = replace(own.config, policy=policy, max_model_len=pool.num_tokens)
     scheduler = Scheduler(config, pool, StaticBudget(16))
     return Engine(

@@ -90,6 +90,7 @@ def engine_on(llm: LLM, recompute_s: Callable[[int], float], num_slots: int) -> 
     pipeline, own = llm.engine.executor, llm.engine.scheduler
     assert isinstance(pipeline, DistributedPipeline)
     pool = BlockPool(own.pool.num_blocks, own.pool.block_size)
+    own.pool.forget()  # what its blocks hold is overwritten
     swap = SwapSpace(num_slots, pool.block_size, SwapCosts(recompute_s, 0.0, 0.0))
     scheduler = Scheduler(own.config, pool, StaticBudget(16), swap=swap)
     facts, clock = llm.engine.facts, WallClock()
