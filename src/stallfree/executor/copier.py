@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from stallfree.core.batch import Copies
 from stallfree.errors import CopyError
-from stallfree.executor.swap_store import SwapStore
+from stallfree.executor.swap_store import Cache, SwapStore
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -41,12 +41,6 @@ class BlockCopies(NamedTuple):
 NO_BLOCK_COPIES = BlockCopies()
 
 
-class _Cache(Protocol):
-    """See `KVCache` and `Int8KVCache`."""
-
-    def blocks(self) -> list[torch.Tensor]: ...
-
-
 class Copier:
     """Copies blocks of a KV cache.
 
@@ -55,7 +49,7 @@ class Copier:
         swap: of that cache, if there is one.
     """
 
-    def __init__(self, cache: _Cache, swap: SwapStore | None = None) -> None:
+    def __init__(self, cache: Cache, swap: SwapStore | None = None) -> None:
         self._blocks = cache.blocks()
         self.swap = swap
 

@@ -24,10 +24,12 @@ _AT_ONCE = 32  # blocks that are held between the KV cache and the slots
 _ROUNDS = 5  # of measuring; the first one does not count, as memory may be touched first then
 
 
-class _Cache(Protocol):
-    """See `KVCache` and `Int8KVCache`."""
+class Cache(Protocol):
+    """A KV cache: see `KVCache` and `Int8KVCache`."""
 
-    def blocks(self) -> list[torch.Tensor]: ...
+    def blocks(self) -> list[torch.Tensor]:
+        """All of it as views (layers, N, values of a block), some layers each."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class SwapStore:
         ConfigError: there is no room for it.
     """
 
-    def __init__(self, cache: _Cache, num_slots: int, folder: Path | None) -> None:
+    def __init__(self, cache: Cache, num_slots: int, folder: Path | None) -> None:
         self._blocks = cache.blocks()
         self._widths = [each.shape[0] * each.shape[2] for each in self._blocks]
         first, width = self._blocks[0], sum(self._widths)
