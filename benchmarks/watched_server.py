@@ -33,7 +33,8 @@ from stallfree.server import app as server_app
 
 KEPT = 512  # ends of iterations and requests that are remembered
 PROC = Path("/proc/self")
-POOLS = ("stallfree-text", "stallfree-large-text", "stallfree-template")  # start when needed
+# Pools of threads, which start when needed and are never more than so many; asyncio has its own.
+POOLS = ("stallfree-text", "stallfree-large-text", "stallfree-template", "asyncio_")
 
 Extension = Callable[[FastAPI, AsyncEngine], None]
 

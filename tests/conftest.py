@@ -20,13 +20,18 @@ _CACHE = pytest.StashKey[TemporaryDirectory[str]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test is collected: compiled kernels go there when they are imported.
 
+    Processes that run tests beside each other share one, and their threads sleep while they wait:
+    libgomp's would spin on the processors that the others need.
+
     Shells ignore Ctrl-C for what they start in the background; the tests press it all the same.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = TemporaryDirectory(prefix="stallfree-tests-")
-    config.stash[_CACHE] = folder
-    os.environ["STALLFREE_CACHE"] = folder.name
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    else:
+        config.stash[_CACHE] = folder = TemporaryDirectory(prefix="stallfree-tests-")
+        os.environ["STALLFREE_CACHE"] = folder.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[_CACHE].cleanup()
+    if _CACHE in config.stash:
+        config.stash[_CACHE].cleanup()
 
 
 @pytest.fixture(scope="module")

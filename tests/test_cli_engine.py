@@ -186,6 +186,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves_the_chat(tmp_path: Path) -> No
     with terminal("chat", str(model), "--ignore-eos", "--threads", "1") as shell:
         shell.wait_for("> ")
         shell.interrupt(until="(Ctrl-D or /exit leaves)")
+        shell.wait_for("> ")  # else the terminal itself shows what is typed, too early
         shell.type("hello\r")
         shell.wait_for("hello\r\n")
         shell.wait_for(" ")  # of the answer

@@ -31,6 +31,17 @@ done = [made(number) for number in range(1, 6)]
 print(*(total for _, total in done))
 print(*(hits for hits, _ in done))
 """
+# One kernel of them, by a process that takes long over each look at what is kept.
+SLOW = """
+import time
+from numba.core.caching import IndexDataCacheFile
+look = IndexDataCacheFile._load_index
+def slowly(self):
+    found = look(self)
+    time.sleep(2)
+    return found
+IndexDataCacheFile._load_index = slowly
+""" + SCRIPT.replace("range(1, 6)", "[int(sys.argv[1])]")
 EXPECTED = "6.0 14.0 36.0 98.0 276.0"
 KILLS = 8
 SEED = 5
@@ -48,10 +59,10 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def start(script: Path, cache: Path) -> subprocess.Popen[str]:
+def start(script: Path, cache: Path, *arguments: str) -> subprocess.Popen[str]:
     """A process that compiles, and has begun to."""
     process = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, "STALLFREE_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -102,6 +113,15 @@ def test_compiling_is_killed_at_any_moment(script: Path, cache: Path) -> None:
         seen="no server yet",
         healthy="the next start",
     )
+
+
+def test_two_processes_compile_at_once(script: Path, cache: Path) -> None:
+    """Each adds another kernel of the same name, and neither takes the other's place."""
+    slow = script.with_name("slow.py")
+    slow.write_text(SLOW)
+    both = [start(slow, cache, number) for number in "23"]
+    assert [process.communicate()[0].split()[0] for process in both] == ["14.0", "36.0"]
+    assert len(kept(cache)) == 3  # an index and two kernels
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])

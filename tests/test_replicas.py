@@ -109,12 +109,12 @@ def test_each_replica_is_asked_before_a_request_is_refused(settings: EngineSetti
                 await anext(stream)
             assert fleet.served == [1, 1]
             asked = [ask(front, str(index), [index + 1], GREEDY) for index in range(6)]
-            pending = asyncio.gather(*asked, return_exceptions=True)
-            while not all(each.engine.num_waiting for each in fleet.replicas):
+            waiting = [asyncio.ensure_future(each) for each in asked]
+            while sum(each.done() for each in waiting) < 4:
                 await asyncio.sleep(0.01)
             for stream in streams:
                 await stream.aclose()
-            answers = await pending
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
             refused = [each for each in answers if isinstance(each, OverloadedError)]
             assert len(refused) == 4
             assert fleet.served == [2, 2]

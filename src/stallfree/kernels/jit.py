@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from filelock import FileLock
 
 from stallfree.cache import cache_folder
 
@@ -70,7 +71,10 @@ def entry(function: Callable[..., Any]) -> Any:
 
 
 def _bear_faults(cache: Any) -> None:
-    """Go on without what is kept where it cannot be used: Numba lets such errors end the call."""
+    """Go on without what is kept where it cannot be used: Numba lets such errors end the call.
+
+    One process saves at a time: two that add another signature each would choose one file for both.
+    """
     load, save = cache.load_overload, cache.save_overload
 
     def load_if_possible(*arguments: Any) -> Any:
@@ -84,7 +88,8 @@ def _bear_faults(cache: Any) -> None:
 
     def save_if_possible(*arguments: Any) -> None:
         try:
-            save(*arguments)
+            with FileLock(Path(cache.cache_path) / ".lock"):
+                save(*arguments)
         except Exception as error:  # of a full disk, or of what is kept and damaged
             _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)
 
