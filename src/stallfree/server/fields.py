@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from stallfree.core.sampling_params import MAX_LOGIT_BIASES
@@ -94,14 +94,22 @@ def _part_text(part: Any) -> str:
     return str(part["text"])
 
 
+_TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+
+_Text = Annotated[str, Field(min_length=1)]
+_Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Several = Annotated[list[_Text] | list[_Tokens], Field(min_length=1)]
 Prompts = Annotated[
     list[str | list[Any]],
-    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    PlainValidator(_prompts, json_schema_input_type=_Text | _Tokens | _Several),
 ]
 Stop = Annotated[tuple[str, ...], PlainValidator(_stop, json_schema_input_type=str | list[str])]
 LogitBias = Annotated[
     dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])
 ]
-Content = Annotated[
-    str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])
-]
+_TextPart = Annotated[dict[str, str], WithJsonSchema(_TEXT_PART)]
+Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[_TextPart])]

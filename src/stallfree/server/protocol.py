@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field, WithJsonSchema, model_validator
+from pydantic import ConfigDict, FailFast, Field, WithJsonSchema, model_validator
 
 from stallfree.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from stallfree.core.targets import RANKS, Targets
@@ -245,6 +245,10 @@ class ChatRequest(SamplingBody):
 class TokenizeRequest(Body):
     """The body of `/tokenize`: a prompt, or the messages of a chat."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Messages = []
@@ -263,5 +267,8 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: Annotated[
-        list[Any], WithJsonSchema({"type": "array", "items": {"type": "integer"}, "minItems": 1})
+        list[Any],
+        WithJsonSchema(
+            {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+        ),
     ]
