@@ -47,8 +47,8 @@ class Device:
         self.scheduler.complete(batch, [1] * len(batch.sampling))
         self.scheduler.budget.observe(batch, seconds)
 
-    def add(self, name: str, prompt: int, output: int) -> Request:
-        request = make_request(name, prompt, output, at=self.now)
+    def add(self, name: str, prompt: int, output: int, *, is_scored: bool = False) -> Request:
+        request = make_request(name, prompt, output, at=self.now, is_scored=is_scored)
         self.scheduler.add(request)
         return request
 
@@ -82,9 +82,18 @@ class OrderedDevice(Device):
 
 
 def make_request(
-    name: str, prompt: int = 100, output: int = 4, targets: Targets | None = None, at: float = 0.0
+    name: str,
+    prompt: int = 100,
+    output: int = 4,
+    targets: Targets | None = None,
+    at: float = 0.0,
+    *,
+    is_scored: bool = False,
 ) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    logprobs = 1 if is_scored else None
+    params = SamplingParams(
+        temperature=0, max_tokens=output, ignore_eos=True, prompt_logprobs=logprobs
+    )
     return Request(
         name,
         [1] * prompt,

@@ -19,6 +19,7 @@ from stallfree.core.request import FinishReason, Request, RequestState
 from stallfree.core.sampling_params import SamplingParams
 from stallfree.core.scheduler import Scheduler, SchedulerConfig
 from stallfree.core.targets import RANKS, Targets
+from stallfree.core.token_costs import TokenCosts
 from stallfree.core.waiting import PREFILL_ORDERS
 from stallfree.errors import ConfigError
 
@@ -39,6 +40,10 @@ class RestlessBudget:
         self.last_flex = 0
         self.last = self._random.choice([self._max_tokens, self._random.randint(-5, 40), 0])
         return self.last
+
+    def costs(self, load: Load, num_tokens: int) -> TokenCosts:
+        row, attended = self._random.choice([(0.0, 0.0), (0.4, 0.01), (3.0, 0.0), (50.0, 2.0)])
+        return TokenCosts(row, self._random.randint(0, 20), attended)
 
     def flex(self, load: Load) -> tuple[int, int]:
         count = self._random.randint(0 if load.decodes else 1, 4)

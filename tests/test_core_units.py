@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,10 @@ from stallfree.core.request import (
     RequestState,
 )
 from stallfree.core.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from stallfree.core.token_costs import TokenCosts
 from stallfree.errors import InvalidRequestError
+
+NO_COSTS = TokenCosts()
 
 
 def make_request(num_prompt: int = 4, max_tokens: int = 4, **params: object) -> Request:
@@ -177,16 +182,19 @@ def test_pool_finds_what_is_wrong() -> None:
 
 class _Decode:
     num_remaining_tokens = 1
+    num_computed_tokens = 0
     is_decode = True
-    is_flex = False
+    is_flex = is_scored = False
 
 
 class _Prefill:
     is_decode = False
     is_flex = False
 
-    def __init__(self, num_remaining_tokens: int) -> None:
+    def __init__(self, num_remaining_tokens: int, start: int = 0, is_scored: bool = False) -> None:
         self.num_remaining_tokens = num_remaining_tokens
+        self.num_computed_tokens = start
+        self.is_scored = is_scored
 
 
 def view(
@@ -200,6 +208,7 @@ def view(
     growth: int = 0,
     max_num_seqs: int = 100,
     max_admissions: int | None = None,
+    costs: TokenCosts = NO_COSTS,
     tile: int = 1,
     decodes_ran_last: bool = False,
 ) -> View:
@@ -209,8 +218,8 @@ def view(
         flex_decodes=[],
         under_way=started,
         prefills=[
-            *(Candidate(each, each.num_remaining_tokens) for each in started),
-            *(Candidate(_Prefill(n), n, 1, is_waiting=True) for n in waiting),
+            *(Candidate.under_way(each) for each in started),
+            *(Candidate(_Prefill(n), 0, n, 1, is_waiting=True) for n in waiting),
         ],
         flex_prefills=[],
         num_running=decodes + len(started),
@@ -221,6 +230,7 @@ def view(
         max_admissions=max_admissions,
         token_limit=limit,
         flex_limit=limit,
+        costs=costs,
         tile_tokens=tile,
         decodes_ran_last=decodes_ran_last,
     )
@@ -242,6 +252,29 @@ def test_sarathi_cuts_chunks_to_tiles() -> None:
     assert sizes("sarathi", view(3, (100,), (), limit=7, tile=16)) == [1, 1, 1, 4]  # goes on
     assert sizes("sarathi", view(0, (), (100, 100), limit=60, tile=16)) == [48]
     assert sizes("sarathi", view(0, (40,), (100,), limit=60, tile=16)) == [40, 8]
+
+
+def test_sarathi_charges_what_chunks_cost_beyond_their_tokens() -> None:
+    """The limit reckons with one row of logits, and with chunks that begin at `start`."""
+    costs = TokenCosts(row=0.5, start=100, attended=0.01)
+
+    def run(*prefills: _Prefill, limit: int = 64, tile: int = 1) -> list[int]:
+        state = view(limit=limit, tile=tile, costs=costs)
+        line = [Candidate.under_way(each) for each in prefills]
+        return sizes("sarathi", replace(state, prefills=line))
+
+    assert run(_Prefill(64)) == [64]
+    assert run(_Prefill(900)) == [64]
+    assert run(_Prefill(900, start=100)) == [64]
+    assert run(_Prefill(900, start=200)) == [32]  # each token costs 2
+    assert run(_Prefill(900, is_scored=True)) == [43]  # 64.5 / 1.5
+    assert run(_Prefill(900, start=250, is_scored=True)) == [21]
+    assert run(*(_Prefill(1) for _ in range(64))) == [1] * 43
+    assert run(_Prefill(20), _Prefill(900, is_scored=True)) == [20, 29]
+    assert run(_Prefill(20), _Prefill(900, start=200, is_scored=True), tile=16) == [20, 12]
+    assert run(_Prefill(900, start=9_000, is_scored=True), tile=16) == [16]  # a tile all the same
+    assert run(_Prefill(7, start=9_000), limit=5, tile=16) == [5]
+    assert run(_Prefill(40), _Prefill(900, start=9_000)) == [40]
 
 
 def test_admission_keeps_watermark_places_and_order() -> None:

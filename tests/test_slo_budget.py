@@ -21,7 +21,8 @@ from stallfree.core.step_time import BatchShape, StepTimeModel, StepTimePredicto
 def make_device(slo_s: float, model: StepTimeModel = MODEL, places: int = 64) -> Device:
     budget = SloBudget(slo_s, StepTimePredictor(model), tile_tokens=TILE)
     pool = BlockPool(20_000, 16)
-    return Device(Scheduler(SchedulerConfig("sarathi", places, 16_000), pool, budget))
+    config = SchedulerConfig("sarathi", places, 16_000, prefix_caching=True)
+    return Device(Scheduler(config, pool, budget))
 
 
 def over_target(device: Device, slo_s: float) -> list[Batch]:
@@ -70,6 +71,32 @@ def test_the_chunk_uses_what_the_target_leaves() -> None:
         if batch.num_tokens > batch.num_decodes:
             assert 0.15 < seconds <= 0.2
             assert batch.num_tokens % TILE == 0
+
+
+@pytest.mark.parametrize("kind", ["scored", "tiny", "found"])
+def test_what_newcomers_cost_beyond_their_tokens_is_within_the_target(kind: str) -> None:
+    """Of those that join in the iteration itself: the limit on tokens knows nothing of them."""
+    device = make_device(0.2, places=128)
+    kept = device.add("kept", 14_000, 1)  # what the beginnings of prompts are found in
+    device.run()
+    for index in range(8):
+        device.add(f"short{index}", 20 + index, 100)
+    device.step()
+    num_steps = len(device.steps)
+    newcomers = []
+    for index in range(100):
+        match kind:
+            case "scored":
+                newcomers.append(device.add(f"{kind}{index}", 100, 2, is_scored=True))
+            case "tiny":
+                newcomers.append(device.add(f"{kind}{index}", 3, 2))
+            case _:
+                newcomers.append(device.add(f"{kind}{index}", 14_100, 2))
+    while any(not each.is_finished for each in newcomers):
+        device.step()
+    assert (newcomers[0].num_cached_tokens >= kept.num_prompt_tokens - 16) == (kind == "found")
+    beside = [seconds for batch, seconds in device.steps[num_steps:] if batch.num_decodes]
+    assert 0.18 < max(beside) <= 0.2
 
 
 def test_longer_contexts_make_shorter_chunks() -> None:

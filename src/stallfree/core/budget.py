@@ -10,6 +10,7 @@ from typing import Protocol
 from stallfree.core.batch import Batch
 from stallfree.core.load import Load
 from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_context
+from stallfree.core.token_costs import TokenCosts
 
 _SHARE = 0.97  # of a target that an iteration may take: its tokens are still to be delivered
 _IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
@@ -33,6 +34,10 @@ class TokenBudget(Protocol):
 
     def tokens(self, load: Load) -> int:
         """Most tokens of the coming iteration; at or below zero, only decodes run, if any do."""
+        ...
+
+    def costs(self, load: Load, num_tokens: int) -> TokenCosts:
+        """What chunks take of a limit of `num_tokens` tokens beyond their own."""
         ...
 
     def flex(self, load: Load) -> tuple[int, int]:
@@ -86,6 +91,10 @@ class StaticBudget:
     def tokens(self, load: Load) -> int:  # noqa: ARG002 - the same for every load
         """`max_tokens`, whatever runs."""
         return self.max_tokens
+
+    def costs(self, load: Load, num_tokens: int) -> TokenCosts:  # noqa: ARG002 - as above
+        """None: it counts tokens alone."""
+        return TokenCosts()
 
     def flex(self, load: Load) -> tuple[int, int]:
         """What the decodes of others leave of `max_tokens`."""
@@ -151,16 +160,9 @@ class SloBudget:
 
     def tokens(self, load: Load) -> int:
         """All decodes, and as much prefill as their target leaves room for."""
-        target_s = self._target_s(load) if load.decodes else max(self.tbt_slo_s, _IDLE_S)
-        target_s -= load.copy_s
-        start = max((request.num_computed_tokens for request in load.prefills), default=0)
+        target_s, rows = self._time_left_s(load), len(load.decodes)
         num_tokens, seconds = self._most_tokens(
-            len(load.decodes),
-            start,
-            load.context,
-            len(load.decodes) + 1,
-            target_s,
-            is_scored=load.is_scored,
+            rows, _start(load), load.context, rows + 1, target_s
         )
         has_prompt = any(not request.is_flex for request in load.prefills)
         if load.decodes and has_prompt and seconds > target_s:
@@ -168,18 +170,32 @@ class SloBudget:
             self.squeezed.over_s += seconds - target_s
         return num_tokens
 
+    def costs(self, load: Load, num_tokens: int) -> TokenCosts:
+        """By the time that the decodes leave for each further token.
+
+        None where they leave no time: the least that a prompt gets is counted in tokens alone.
+        """
+        rows, seconds = len(load.decodes), self.predictor.seconds
+        decodes = BatchShape(rows, decode_context=load.context, num_sampled=rows + 1)
+        left_s = self._time_left_s(load) / self.predictor.margin - seconds(decodes)
+        if left_s <= 0 or num_tokens <= rows:
+            return TokenCosts()
+        each_s, one_s = left_s / (num_tokens - rows), seconds(BatchShape(1))
+        row_s = seconds(BatchShape(1, num_sampled=1)) - one_s
+        attended_s = seconds(BatchShape(1, prefill_context=1)) - one_s
+        return TokenCosts(row_s / each_s, _start(load), attended_s / each_s)
+
     def flex(self, load: Load) -> tuple[int, int]:
         """As many as are within the target of the other decodes; one at least if there are none."""
-        rows = len(load.decodes)
-        target_s = self._target_s(load) if rows else max(self.tbt_slo_s, _IDLE_S)
-        target_s -= load.copy_s
+        target_s, rows = self._time_left_s(load), len(load.decodes)
         sizes = [request.num_tokens for request in load.flex_decodes]
         count = self._most_decodes(rows, load.context, sizes, target_s)
         count = count if rows else max(count, min(1, len(sizes)))
-        start = max((request.num_computed_tokens for request in load.prefills), default=0)
         context = load.context + sum(sizes[:count])
         all_rows = rows + count
-        num_tokens, seconds = self._most_tokens(all_rows, start, context, all_rows + 1, target_s)
+        num_tokens, seconds = self._most_tokens(
+            all_rows, _start(load), context, all_rows + 1, target_s
+        )
         return count, num_tokens if seconds <= target_s or not rows else all_rows
 
     def admissions(self, load: Load, sizes: Sequence[int]) -> int:
@@ -236,8 +252,6 @@ class SloBudget:
         context: int,
         num_sampled: int,
         target_s: float,
-        *,
-        is_scored: bool = False,
     ) -> tuple[int, float]:
         """The most tokens within a target, in whole tiles, and their seconds with the margin.
 
@@ -249,15 +263,13 @@ class SloBudget:
             context: of all decodes.
             num_sampled: rows that a token is sampled from.
             target_s: in seconds.
-            is_scored: whether logits of the chunk's own rows are asked for.
         """
         margin = self.predictor.margin
 
         def seconds(tiles: int) -> float:
             chunk = tiles * self.tile_tokens - num_decodes
             context_of_chunk = chunk_context(start, chunk)
-            sampled = num_sampled + chunk * is_scored
-            shape = BatchShape(chunk + num_decodes, context_of_chunk, context, sampled)
+            shape = BatchShape(chunk + num_decodes, context_of_chunk, context, num_sampled)
             return margin * self.predictor.seconds(shape)
 
         low = -(-num_decodes // self.tile_tokens) + 1
@@ -266,6 +278,11 @@ class SloBudget:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if seconds(middle) <= target_s else (low, middle - 1)
         return low * self.tile_tokens, seconds(low)
+
+    def _time_left_s(self, load: Load) -> float:
+        """For all that an iteration computes."""
+        target_s = self._target_s(load) if load.decodes else max(self.tbt_slo_s, _IDLE_S)
+        return target_s - load.copy_s
 
     def _target_s(self, load: Load) -> float:
         """The tightest target of the decodes."""
@@ -281,3 +298,8 @@ class SloBudget:
     def observe(self, batch: Batch, seconds: float) -> None:
         """Follow the machine."""
         self.predictor.observe(BatchShape.of(batch), seconds - batch.copies.seconds)
+
+
+def _start(load: Load) -> int:
+    """Where in its prompt the furthest of the prefills under way goes on."""
+    return max((request.num_computed_tokens for request in load.prefills), default=0)

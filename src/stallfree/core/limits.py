@@ -13,6 +13,7 @@ from typing import NamedTuple
 from stallfree.core.budget import TokenBudget
 from stallfree.core.load import Load
 from stallfree.core.request import Request
+from stallfree.core.token_costs import TokenCosts
 from stallfree.core.waiting import WaitingQueue
 
 _MOST_ADMISSIONS = 32  # in one iteration
@@ -26,12 +27,14 @@ class Limits(NamedTuple):
         admissions: most requests that may be admitted, `flex` aside.
         flex_decodes: the `flex` decodes that may run where no prompt of others does.
         flex_tokens: most tokens where they do.
+        costs: what chunks take of both beyond their tokens.
     """
 
     tokens: int | None
     admissions: int | None
     flex_decodes: Sequence[Request]
     flex_tokens: int | None
+    costs: TokenCosts = TokenCosts()
 
     @property
     def most_tokens(self) -> int | None:
@@ -56,17 +59,18 @@ def limits_of(
         waiting: those that may join them.
     """
     tokens = _tokens(budget, load, running)
+    costs = budget.costs(load, tokens)
     num_ready = len(load.decodes) + len(load.flex_decodes) + len(load.prefills)
     everything = load if num_ready == len(running) else Load(running)
     first = islice(waiting.in_order((), True, is_flex=False), _MOST_ADMISSIONS)
     admissions = budget.admissions(everything, [request.num_tokens for request in first])
     has_flex = load.flex_decodes or waiting.has_flex or any(r.is_flex for r in load.prefills)
     if not has_flex:
-        return Limits(tokens, admissions, load.flex_decodes, tokens)
+        return Limits(tokens, admissions, load.flex_decodes, tokens, costs)
     count, flex_tokens = budget.flex(load)
     if not load.decodes:
         flex_tokens = max(flex_tokens, budget.tile_tokens)
-    return Limits(tokens, admissions, load.flex_decodes[:count], flex_tokens)
+    return Limits(tokens, admissions, load.flex_decodes[:count], flex_tokens, costs)
 
 
 def _tokens(budget: TokenBudget, load: Load, running: Collection[Request]) -> int:

@@ -17,13 +17,12 @@ class Load:
         context: tokens of the decodes together.
         tbt_s: the tightest target that one of the decodes has of its own, in seconds, or None.
         all_have_targets: whether each of them has one.
-        is_scored: whether logits of a prompt's own tokens are asked for.
         copy_s: most seconds that are spent on copying KV before anything runs.
     """
 
     __slots__ = (
         *("all_have_targets", "context", "decodes", "flex_decodes"),
-        *("copy_s", "is_scored", "prefills", "tbt_s"),
+        *("copy_s", "prefills", "tbt_s"),
     )
 
     def __init__(self, requests: Iterable[Request]) -> None:
@@ -33,14 +32,12 @@ class Load:
         self.context = 0
         self.tbt_s: float | None = None
         self.all_have_targets = True
-        self.is_scored = False
         self.copy_s = 0.0
         for request in requests:
             outputs = len(request.output_token_ids)
             num_tokens = request.num_prompt_tokens + outputs
             if not outputs or num_tokens - request.num_computed_tokens > 1:  # it is no decode
                 self.prefills.append(request)
-                self.is_scored |= request.params.prompt_logprobs is not None
             elif request.is_flex:
                 self.flex_decodes.append(request)
             else:

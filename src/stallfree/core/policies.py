@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from stallfree.core.token_costs import TokenCosts
+
 
 class RequestView(Protocol):
     """What a policy may know of a request."""
@@ -18,16 +20,34 @@ class RequestView(Protocol):
     @property
     def num_remaining_tokens(self) -> int: ...
     @property
+    def num_computed_tokens(self) -> int: ...
+    @property
     def is_flex(self) -> bool: ...
+    @property
+    def is_scored(self) -> bool: ...
 
 
 class Candidate(NamedTuple):
-    """A prefill: the tokens it has to run, and, if it waits, the free blocks that it takes."""
+    """A prefill.
+
+    Attributes:
+        request: whose it is.
+        start: tokens whose KV is there.
+        num_tokens: those after them, which it has to run.
+        num_blocks: free blocks that it takes, if it waits.
+        is_waiting: whether it is still to be admitted.
+    """
 
     request: RequestView
+    start: int
     num_tokens: int
     num_blocks: int = 0
     is_waiting: bool = False
+
+    @classmethod
+    def under_way(cls, request: RequestView) -> Candidate:
+        """Of a request that was admitted."""
+        return cls(request, request.num_computed_tokens, request.num_remaining_tokens)
 
 
 class Proposal(NamedTuple):
@@ -57,6 +77,7 @@ class View:
         max_admissions: most that may be admitted in this iteration, `flex` aside, or None.
         token_limit: most tokens of the iteration, or None.
         flex_limit: the same where `flex` runs beside decodes alone.
+        costs: what chunks take of these limits beyond their tokens.
         tile_tokens: see `TokenBudget.tile_tokens`.
         decodes_ran_last: whether the last iteration held a decode.
     """
@@ -74,6 +95,7 @@ class View:
     max_admissions: int | None
     token_limit: int | None
     flex_limit: int | None
+    costs: TokenCosts
     tile_tokens: int
     decodes_ran_last: bool
 
@@ -85,6 +107,7 @@ class Plan:
         self.proposals: list[Proposal] = []
         self._view = view
         self._num_tokens = 0
+        self._further = -view.costs.row  # what chunks cost beyond tokens; the limit has one row
         self._free_blocks = view.free_blocks
         self._num_running = view.num_running
         self._num_admitted = 0
@@ -92,11 +115,14 @@ class Plan:
         self._may_admit = True
         self.has_chunk = False
 
-    def run_chunk(self, request: RequestView, num_tokens: int) -> None:
+    def run_chunk(self, candidate: Candidate, num_tokens: int) -> None:
         """Run tokens of a prompt."""
         if num_tokens > 0:
-            self.proposals.append(Proposal(request, num_tokens))
+            self.proposals.append(Proposal(candidate.request, num_tokens))
             self._num_tokens += num_tokens
+            self._further += num_tokens * self._further_each(candidate)
+            if num_tokens == candidate.num_tokens:  # a token is sampled after it
+                self._further += self._view.costs.row
             self.has_chunk = True
 
     def run_decodes(self, requests: Sequence[RequestView]) -> None:
@@ -112,19 +138,20 @@ class Plan:
         """
         done: set[int] = set()
         for candidate in prefills:
-            num_tokens = self.chunk(candidate.num_tokens)
+            num_tokens = self._chunk(candidate)
             if num_tokens == 0:
                 return
             if candidate.is_waiting and not self._admits(candidate):
                 self._may_admit = False
                 break
-            self.run_chunk(candidate.request, num_tokens)
+            self.run_chunk(candidate, num_tokens)
             done.add(id(candidate.request))
         else:
             return
         for request in self._view.under_way:
             if request.is_flex == candidate.request.is_flex and id(request) not in done:
-                self.run_chunk(request, self.chunk(request.num_remaining_tokens))
+                other = Candidate.under_way(request)
+                self.run_chunk(other, self._chunk(other))
 
     def run_flex(self) -> None:
         """What takes only what the others leave: nothing while their prompts are read."""
@@ -133,19 +160,28 @@ class Plan:
             self.run_decodes(self._view.flex_decodes)
             self.run_prefills(self._view.flex_prefills)
 
-    def chunk(self, remaining: int) -> int:
-        """How many of a prefill's remaining tokens fit; cut to a tile unless all of them do."""
-        limit = self._limit
+    def _chunk(self, candidate: Candidate) -> int:
+        """How many of its tokens fit; cut to a tile unless all of them do."""
+        remaining, limit = candidate.num_tokens, self._limit
         if limit is None:
             return remaining
-        room = max(0, limit - self._num_tokens)
-        if remaining <= room:
+        left = max(0, limit - self._num_tokens)
+        room = max(0.0, left - self._further)
+        each = 1 + self._further_each(candidate)
+        if remaining <= left and remaining * each + self._view.costs.row <= room:
             return remaining
         tile = self._view.tile_tokens
-        cut = (self._num_tokens + room) // tile * tile - self._num_tokens
-        if cut <= 0 and not self.has_chunk:
-            return room  # less than a tile, so that a small budget still gets on
+        fitting = min(remaining, left, int(room / each))
+        cut = (self._num_tokens + fitting) // tile * tile - self._num_tokens
+        if cut <= 0 and not self.has_chunk:  # a tile at least, so that each gets on
+            return min(remaining, left, tile - self._num_tokens % tile)
         return max(0, cut)
+
+    def _further_each(self, candidate: Candidate) -> float:
+        """What each of its tokens costs beyond itself, in tokens."""
+        costs = self._view.costs
+        logits = costs.row if candidate.request.is_scored else 0.0
+        return logits + costs.attended * max(0, candidate.start - costs.start)
 
     def _admits(self, candidate: Candidate) -> bool:
         spared = 0

@@ -45,11 +45,13 @@ class PrefillLine:
         """
         for request in self.requests(under_way, may_admit, is_flex=is_flex):
             if request.state is RequestState.RUNNING:
-                yield Candidate(request, request.num_remaining_tokens)
+                yield Candidate.under_way(request)
             else:
+                num_found = self._memory.num_found(request)
                 yield Candidate(
                     request,
-                    num_tokens=request.num_tokens - self._memory.num_found(request),
+                    start=num_found,
+                    num_tokens=request.num_tokens - num_found,
                     num_blocks=self._memory.blocks_taken(request),
                     is_waiting=True,
                 )

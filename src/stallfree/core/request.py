@@ -171,6 +171,11 @@ class Request:
         return self.num_prompt_tokens + self.max_tokens - 1
 
     @property
+    def is_scored(self) -> bool:
+        """Whether it asks how likely the tokens of its prompt are, which takes their logits."""
+        return self.params.prompt_logprobs is not None
+
+    @property
     def is_decode(self) -> bool:
         """Whether all but the newest output token is computed."""
         num_output = len(self.output_token_ids)

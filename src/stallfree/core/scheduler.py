@@ -185,6 +185,7 @@ class Scheduler:
             max_admissions=limits.admissions,
             token_limit=limits.tokens,
             flex_limit=limits.flex_tokens,
+            costs=limits.costs,
             tile_tokens=self.budget.tile_tokens,
             decodes_ran_last=self._decodes_ran_last,
         )

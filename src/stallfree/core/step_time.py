@@ -53,7 +53,7 @@ class BatchShape:
         """The shape of a batch."""
         prefills = [chunk for chunk in batch.chunks if not chunk.is_decode]
         decodes = [chunk.start for chunk in batch.chunks if chunk.is_decode]
-        scored = [c.num_tokens for c in prefills if c.request.params.prompt_logprobs is not None]
+        scored = [chunk.num_tokens for chunk in prefills if chunk.request.is_scored]
         return cls(
             num_tokens=batch.num_tokens,
             prefill_context=sum(chunk_context(c.start, c.num_tokens) for c in prefills),
