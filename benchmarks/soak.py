@@ -225,7 +225,8 @@ def main() -> int:
             print(f"{error}\n{log.read()[-4000:]}", file=sys.stderr)
             return 1
         log.seek(0)
-        result["tracebacks"] = log.read().count("Traceback")
+        _, *tracebacks = log.read().split("Traceback")
+        result |= {"tracebacks": len(tracebacks), "first_traceback": "".join(tracebacks[:1])[:4000]}
     result["promises"] = promises(result, options.slo_ms)
     options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     console = Console()

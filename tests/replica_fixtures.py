@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from engine_fixtures import GREEDY
+from server_fixtures import RunningServer, serve, wait_until
 
 from stallfree import SamplingParams
 from stallfree.core.batch import Batch
@@ -120,6 +122,23 @@ def make_front(fleet: ThreadFleet, timeout_s: float = 10.0) -> ReplicatedEngine:
     assert fleet.settings.model is not None
     tokenizer = load_tokenizer(open_model(fleet.settings.model))
     return ReplicatedEngine(roster, fleet.settings, tokenizer)
+
+
+@contextmanager
+def amid_an_answer(
+    settings: EngineSettings,
+) -> Iterator[tuple[RunningServer, ThreadFleet, Callable[[], bool]]]:
+    """A server whose one replica answers `BODY`; calling the last says whether all of it came."""
+    fleet = ThreadFleet(settings, count=1)
+    with (
+        serve(make_front(fleet), served_model_name="tiny") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        whole = server.post("/v1/completions", BODY).json()["choices"]
+        asked = pool.submit(server.post, "/v1/completions", BODY)
+        engine = fleet.replicas[0].engine.engine
+        wait_until(lambda: any(each.num_output_tokens > 5 for each in engine.scheduler.running))
+        yield server, fleet, lambda: asked.result(30).json()["choices"] == whole
 
 
 @asynccontextmanager

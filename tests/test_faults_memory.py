@@ -13,39 +13,50 @@ PROMPT = [9, 11, 13, 17] * 450
 HEADROOM = 96 << 20
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_wide_model(tmp_path_factory.mktemp("memory"))
+STAGES, SHARES = "--pipeline-parallel-size", "--tensor-parallel-size"
 
 
-def save_wide_model(folder: Path) -> Path:
-    """A tiny model with a wide layer: 2,000 tokens at once take 500 MB there."""
-    return save_tiny_model(
-        folder / "wide",
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("split", "limited", "where"),
+    [
+        ((), slice(None), ""),
+        ((STAGES, "2"), slice(None), " in a stage of a pipeline"),
+        ((SHARES, "2"), slice(1, None), " in a share of the layers"),
+    ],
+    ids=["one process", "stages", "a share"],
+)
+def test_a_prompt_that_is_too_large_for_the_memory(
+    tmp_path: Path, split: tuple[str, ...], limited: slice, where: str
+) -> None:
+    """2,000 tokens at once take 500 MB in the wide layer of this tiny model."""
+    model = save_tiny_model(
+        tmp_path / "wide",
         initializer_range=0.2,
         intermediate_size=32_768,
         max_position_embeddings=4096,
     )
-
-
-@pytest.mark.slow
-def test_a_prompt_that_is_too_large_for_the_memory(model: Path) -> None:
     engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
     memory = ("--kv-cache-memory", "8MiB", "--no-prefix-caching")  # so that all is read again
-    with server(model, *memory, engine=engine) as own:
+    with server(model, *split, *memory, engine=engine) as own:
         expected = own.text(PROMPT, max_tokens=8), own.text(max_tokens=200)
         before = own.left()
         bystander = Stream(own, max_tokens=200)
         bystander.wait_for_events()
-        limit_memory(own.process.pid)
+        others = workers(own)
+        assert len(others) == (2 if split else 0)
+        for pid in (others or [own.process.pid])[limited]:
+            limit_memory(pid)
         assert own.text(PROMPT, max_tokens=8) == expected[0]
         assert bystander.text == expected[1]
         healthy_s = seconds_until(own.is_healthy)
         assert "is run in parts" in own.log
         assert "allocate" in own.log
+        assert workers(own) == others
         own.check_nothing_left(before)
         assert stop(own) == 0
-    note("no memory for an iteration", seen="nothing: it is run in parts", healthy=healthy_s)
+    fault = f"no memory for an iteration{where}"
+    note(fault, seen="nothing: it is run in parts", healthy=healthy_s)
 
 
 def limit_memory(pid: int) -> None:
@@ -53,31 +64,6 @@ def limit_memory(pid: int) -> None:
     status = Path(f"/proc/{pid}/status").read_text()
     limit = int(status.split("VmSize:")[1].split()[0]) * 1024 + HEADROOM
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-
-
-@pytest.mark.slow
-def test_a_prompt_that_is_too_large_for_the_memory_of_a_stage(model: Path) -> None:
-    engine = ("--dtype", "float32", "--threads", "1", "--token-budget", "2048")
-    sizes = ("--pipeline-parallel-size", "2", "--kv-cache-memory", "8MiB")
-    with server(model, *sizes, "--no-prefix-caching", engine=engine) as own:
-        expected = own.text(PROMPT, max_tokens=8), own.text(max_tokens=200)
-        before = own.left()
-        bystander = Stream(own, max_tokens=200)
-        bystander.wait_for_events()
-        stages = workers(own)
-        assert len(stages) == 2
-        for pid in stages:
-            limit_memory(pid)
-        assert own.text(PROMPT, max_tokens=8) == expected[0]
-        assert bystander.text == expected[1]
-        healthy_s = seconds_until(own.is_healthy)
-        assert "is run in parts" in own.log
-        assert "allocate" in own.log
-        assert workers(own) == stages
-        own.check_nothing_left(before)
-        assert stop(own) == 0
-    fault = "no memory for an iteration in a stage of a pipeline"
-    note(fault, seen="nothing: it is run in parts", healthy=healthy_s)
 
 
 def test_a_request_that_finds_no_memory_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from engine_fixtures import GREEDY, tiny_settings
-from replica_fixtures import BODY, LONG, ThreadFleet, ask, make_front, running, tokens
-from server_fixtures import serve, wait_until
+from replica_fixtures import BODY, LONG, ThreadFleet, amid_an_answer, ask, running, tokens
+from server_fixtures import wait_until
 
 from stallfree.engine.settings import EngineSettings
 from stallfree.errors import EngineStoppedError
@@ -46,15 +45,7 @@ def test_a_drain_waits_and_one_that_takes_too_long_ends_what_runs(
 def test_what_was_not_sent_yet_is_run_again_even_while_the_server_drains(
     settings: EngineSettings,
 ) -> None:
-    fleet = ThreadFleet(settings, count=1)
-    with (
-        serve(make_front(fleet), served_model_name="tiny") as server,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        whole = server.post("/v1/completions", BODY).json()["choices"]
-        asked = pool.submit(server.post, "/v1/completions", BODY)
-        engine = fleet.replicas[0].engine.engine
-        wait_until(lambda: any(each.num_output_tokens > 5 for each in engine.scheduler.running))
+    with amid_an_answer(settings) as (server, fleet, is_answered):
         fleet.held[0].free.clear()  # it does not end before its replica does
         server.server.shut_down()
         wait_until(lambda: server.http.get("/health").json()["status"] == "draining")
@@ -63,7 +54,7 @@ def test_what_was_not_sent_yet_is_run_again_even_while_the_server_drains(
         wait_until(lambda: server.http.get("/health").json()["ready_replicas"] == 0)
         assert server.post("/v1/completions", BODY).status_code == 503
         fleet.add()
-        assert asked.result(30).json()["choices"] == whole
+        assert is_answered()
         assert fleet.served == [2, 1]
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_fixtures import GREEDY, PROMPTS, tiny_settings
-from replica_fixtures import BODY, LONG, ThreadFleet, ask, make_front, running, tokens
+from replica_fixtures import (
+    BODY,
+    LONG,
+    ThreadFleet,
+    amid_an_answer,
+    ask,
+    make_front,
+    running,
+    tokens,
+)
 from server_fixtures import serve, wait_until
 
 from stallfree import LLM
@@ -126,16 +134,8 @@ def test_over_http_it_is_said_what_was_lost(settings: EngineSettings) -> None:
 
 
 def test_what_was_not_sent_yet_is_run_again(settings: EngineSettings) -> None:
-    fleet = ThreadFleet(settings, count=1)
-    with (
-        serve(make_front(fleet), served_model_name="tiny") as server,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        whole = server.post("/v1/completions", BODY).json()["choices"]
-        asked = pool.submit(server.post, "/v1/completions", BODY)
-        engine = fleet.replicas[0].engine.engine
-        wait_until(lambda: any(each.num_output_tokens > 5 for each in engine.scheduler.running))
+    with amid_an_answer(settings) as (_, fleet, is_answered):
         fleet.replicas[0].end()
         fleet.add()
-        assert asked.result(30).json()["choices"] == whole
+        assert is_answered()
         assert fleet.served == [2, 1]

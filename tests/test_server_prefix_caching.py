@@ -16,7 +16,7 @@ BLOCK = 16
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    engine = tiny_engine(tmp_path_factory.mktemp("model"))
+    engine = tiny_engine(tmp_path_factory.mktemp("model"), token_budget=64)
     with serve(engine) as running:
         yield running
 
@@ -73,6 +73,25 @@ def test_a_chat_finds_its_last_turn(server: RunningServer) -> None:
     assert found is not None
     assert found % BLOCK == 0
     assert first.usage.prompt_tokens - 2 * BLOCK <= found <= first.usage.prompt_tokens + 8
+
+
+def test_choices_wait_for_the_one_that_scores_the_prompt_they_echo(server: RunningServer) -> None:
+    """The others find the prompt, and would begin before its logprobs are there."""
+    own = prompt(400, seed=6)
+    complete(server, own)
+    create = server.openai.completions.create
+    fields: Any = {"model": MODEL, "prompt": own, "max_tokens": 3, "n": 3, "temperature": 0}
+    whole = create(**fields, echo=True, logprobs=1)
+    texts, num_first = [""] * 3, [-1] * 3
+    for chunk in create(**fields, echo=True, logprobs=1, stream=True):
+        for choice in chunk.choices:
+            assert choice.logprobs is not None
+            assert choice.logprobs.tokens is not None
+            if not texts[choice.index]:
+                num_first[choice.index] = len(choice.logprobs.tokens)
+            texts[choice.index] += choice.text
+    assert texts == [each.text for each in whole.choices]
+    assert min(num_first) >= 400
 
 
 def test_a_stream_ends_with_cached_tokens(server: RunningServer) -> None:

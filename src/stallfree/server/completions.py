@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from stallfree.engine.outputs import Delta
 from stallfree.executor.output import PositionLogprobs
 from stallfree.server.access import owner_of
 from stallfree.server.body import read_object
@@ -87,6 +88,7 @@ class _Completion:
         """The events of the response that is streamed."""
         usage = Usage(self._job)
         no_usage: dict[str, None] = {"usage": None} if self._body.include_usage else {}
+        held: list[tuple[int, Delta]] = []
         async with aclosing(stream(self._service.engine, self._job)) as deltas:
             async for item in deltas:
                 if item is None:
@@ -96,17 +98,30 @@ class _Completion:
                 usage.add(delta)
                 if delta.prompt_logprobs is not None:
                     self._prompt_logprobs[index // self._job.params.n] = delta.prompt_logprobs
-                make = partial(
-                    self._entry, index, delta.text, delta.logprobs or (), delta.finish_reason
-                )
-                if self._body.echo and index not in self._begun:  # as long as the prompt
-                    entry = await self._service.in_thread(self._job.num_prompt_tokens, make)
-                else:
-                    entry = make()
-                yield event({**self._head, "choices": [entry], **no_usage})
+                held.append(item)
+                shown = [each for each in held if not self._awaits_prompt(each[0])]
+                held = [each for each in held if self._awaits_prompt(each[0])]
+                for own, part in shown:
+                    entry = await self._entry_of(own, part)
+                    yield event({**self._head, "choices": [entry], **no_usage})
         if self._body.include_usage:
             yield event({**self._head, "choices": [], "usage": usage.fields()})
         yield DONE
+
+    def _awaits_prompt(self, index: int) -> bool:
+        """Whether a choice echoes logprobs of a prompt that are still to come.
+
+        They come with the first choice of a prompt, which others may overtake.
+        """
+        echoes = self._body.echo and self._body.logprobs is not None
+        return bool(echoes) and index // self._job.params.n not in self._prompt_logprobs
+
+    async def _entry_of(self, index: int, delta: Delta) -> dict[str, Any]:
+        """The next part of a choice; in a thread if it is as long as the prompt."""
+        make = partial(self._entry, index, delta.text, delta.logprobs or (), delta.finish_reason)
+        if self._body.echo and index not in self._begun:
+            return await self._service.in_thread(self._job.num_prompt_tokens, make)
+        return make()
 
     def _entry(
         self,
