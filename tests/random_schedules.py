@@ -45,6 +45,9 @@ class RestlessBudget:
         row, attended = self._random.choice([(0.0, 0.0), (0.4, 0.01), (3.0, 0.0), (50.0, 2.0)])
         return TokenCosts(row, self._random.randint(0, 20), attended)
 
+    def scheduled(self, load: Load, batch: Batch) -> None:
+        pass
+
     def flex(self, load: Load) -> tuple[int, int]:
         count = self._random.randint(0 if load.decodes else 1, 4)
         self.last_flex = max(self.last, len(load.decodes) + count)

@@ -132,4 +132,4 @@ def test_random_schedules_do_swap(caches: bool, depth: int) -> None:
         run = SwapRun(replace(setup, seed=seed), 40, None, 1.0)
         run_through(run, 12)
         num_ins += run.num_ins
-    assert num_ins > 100
+    assert num_ins > 60

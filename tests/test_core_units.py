@@ -218,7 +218,7 @@ def view(
         flex_decodes=[],
         under_way=started,
         prefills=[
-            *(Candidate.under_way(each) for each in started),
+            *(Candidate.of_running(each) for each in started),
             *(Candidate(_Prefill(n), 0, n, 1, is_waiting=True) for n in waiting),
         ],
         flex_prefills=[],
@@ -258,10 +258,12 @@ def test_sarathi_charges_what_chunks_cost_beyond_their_tokens() -> None:
     """The limit reckons with one row of logits, and with chunks that begin at `start`."""
     costs = TokenCosts(row=0.5, start=100, attended=0.01)
 
-    def run(*prefills: _Prefill, limit: int = 64, tile: int = 1) -> list[int]:
-        state = view(limit=limit, tile=tile, costs=costs)
-        line = [Candidate.under_way(each) for each in prefills]
-        return sizes("sarathi", replace(state, prefills=line))
+    def run(
+        *prefills: _Prefill, limit: int = 64, tile: int = 1, decodes: int = 0, each: float = 0.5
+    ) -> list[int]:
+        state = view(decodes, limit=limit, tile=tile, costs=costs._replace(row=each))
+        line = [Candidate.of_running(each) for each in prefills]
+        return sizes("sarathi", replace(state, prefills=line))[decodes:]
 
     assert run(_Prefill(64)) == [64]
     assert run(_Prefill(900)) == [64]
@@ -275,6 +277,11 @@ def test_sarathi_charges_what_chunks_cost_beyond_their_tokens() -> None:
     assert run(_Prefill(900, start=9_000, is_scored=True), tile=16) == [16]  # a tile all the same
     assert run(_Prefill(7, start=9_000), limit=5, tile=16) == [5]
     assert run(_Prefill(40), _Prefill(900, start=9_000)) == [40]
+    for decodes in range(32):  # and a whole tile beside the decodes
+        [least] = run(_Prefill(900, is_scored=True), tile=16, decodes=decodes, each=1e9)
+        assert least == -(-(decodes + 16) // 16) * 16 - decodes
+    assert run(_Prefill(4), _Prefill(60, is_scored=True), tile=16, decodes=15, each=3.0) == [4, 11]
+    assert run(_Prefill(4), _Prefill(60), each=30.0) == [4, 59]  # the last one costs 31
 
 
 def test_admission_keeps_watermark_places_and_order() -> None:

@@ -120,7 +120,8 @@ def test_two_processes_compile_at_once(script: Path, cache: Path) -> None:
     slow = script.with_name("slow.py")
     slow.write_text(SLOW)
     both = [start(slow, cache, number) for number in "23"]
-    assert [process.communicate()[0].split()[0] for process in both] == ["14.0", "36.0"]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [each.split()[0] for each in said] == ["14.0", "36.0"]
     assert len(kept(cache)) == 3  # an index and two kernels
 
 

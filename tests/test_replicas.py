@@ -110,8 +110,9 @@ def test_each_replica_is_asked_before_a_request_is_refused(settings: EngineSetti
             assert fleet.served == [1, 1]
             asked = [ask(front, str(index), [index + 1], GREEDY) for index in range(6)]
             waiting = [asyncio.ensure_future(each) for each in asked]
-            while sum(each.done() for each in waiting) < 4:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while sum(each.done() for each in waiting) < 4:
+                    await asyncio.sleep(0.01)
             for stream in streams:
                 await stream.aclose()
             answers = await asyncio.gather(*waiting, return_exceptions=True)

@@ -76,7 +76,8 @@ def test_the_chunk_uses_what_the_target_leaves() -> None:
 @pytest.mark.parametrize("kind", ["scored", "tiny", "found"])
 def test_what_newcomers_cost_beyond_their_tokens_is_within_the_target(kind: str) -> None:
     """Of those that join in the iteration itself: the limit on tokens knows nothing of them."""
-    device = make_device(0.2, places=128)
+    slo_s = 0.191  # of which 88 tokens leave next to nothing
+    device = make_device(slo_s, places=128)
     kept = device.add("kept", 14_000, 1)  # what the beginnings of prompts are found in
     device.run()
     for index in range(8):
@@ -96,7 +97,7 @@ def test_what_newcomers_cost_beyond_their_tokens_is_within_the_target(kind: str)
         device.step()
     assert (newcomers[0].num_cached_tokens >= kept.num_prompt_tokens - 16) == (kind == "found")
     beside = [seconds for batch, seconds in device.steps[num_steps:] if batch.num_decodes]
-    assert 0.18 < max(beside) <= 0.2
+    assert 0.16 < max(beside) <= slo_s
 
 
 def test_longer_contexts_make_shorter_chunks() -> None:

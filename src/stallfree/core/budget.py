@@ -13,6 +13,7 @@ from stallfree.core.step_time import BatchShape, StepTimePredictor, chunk_contex
 from stallfree.core.token_costs import TokenCosts
 
 _SHARE = 0.97  # of a target that an iteration may take: its tokens are still to be delivered
+_ROUNDING = 1e-9
 _IDLE_S = 0.5  # of an iteration that holds up no answer; arrivals and aborts wait for its end
 
 
@@ -37,7 +38,11 @@ class TokenBudget(Protocol):
         ...
 
     def costs(self, load: Load, num_tokens: int) -> TokenCosts:
-        """What chunks take of a limit of `num_tokens` tokens beyond their own."""
+        """What chunks cost beyond their tokens, where `tokens` said `num_tokens`."""
+        ...
+
+    def scheduled(self, load: Load, batch: Batch) -> None:
+        """Count what reading prompts costs against the target."""
         ...
 
     def flex(self, load: Load) -> tuple[int, int]:
@@ -63,11 +68,11 @@ class TokenBudget(Protocol):
 
 @dataclass(slots=True)
 class Squeezed:
-    """Iterations in which prompts got their least although that is over the target.
+    """Iterations that read prompts although they were predicted to be over the target.
 
     Attributes:
         iterations: how many.
-        over_s: seconds that they were predicted to be over the target, together.
+        over_s: seconds that they were predicted to be over it, together.
     """
 
     iterations: int = 0
@@ -93,8 +98,11 @@ class StaticBudget:
         return self.max_tokens
 
     def costs(self, load: Load, num_tokens: int) -> TokenCosts:  # noqa: ARG002 - as above
-        """None: it counts tokens alone."""
+        """No costs: it counts tokens alone."""
         return TokenCosts()
+
+    def scheduled(self, load: Load, batch: Batch) -> None:
+        """There is no target."""
 
     def flex(self, load: Load) -> tuple[int, int]:
         """What the decodes of others leave of `max_tokens`."""
@@ -161,22 +169,16 @@ class SloBudget:
     def tokens(self, load: Load) -> int:
         """All decodes, and as much prefill as their target leaves room for."""
         target_s, rows = self._time_left_s(load), len(load.decodes)
-        num_tokens, seconds = self._most_tokens(
-            rows, _start(load), load.context, rows + 1, target_s
-        )
-        has_prompt = any(not request.is_flex for request in load.prefills)
-        if load.decodes and has_prompt and seconds > target_s:
-            self.squeezed.iterations += 1
-            self.squeezed.over_s += seconds - target_s
-        return num_tokens
+        return self._most_tokens(rows, _start(load), load.context, rows + 1, target_s)[0]
 
     def costs(self, load: Load, num_tokens: int) -> TokenCosts:
-        """By the time that the decodes leave for each further token.
+        """Their predicted time, over the time that decodes leave for each token of a chunk.
 
-        None where they leave no time: the least that a prompt gets is counted in tokens alone.
+        That is an average: where first tokens take longer than further ones, costs are too low. No
+        costs where decodes leave no time: then prompts get their least.
         """
         rows, seconds = len(load.decodes), self.predictor.seconds
-        decodes = BatchShape(rows, decode_context=load.context, num_sampled=rows + 1)
+        decodes = BatchShape(max(1, rows), decode_context=load.context, num_sampled=rows + 1)
         left_s = self._time_left_s(load) / self.predictor.margin - seconds(decodes)
         if left_s <= 0 or num_tokens <= rows:
             return TokenCosts()
@@ -184,6 +186,15 @@ class SloBudget:
         row_s = seconds(BatchShape(1, num_sampled=1)) - one_s
         attended_s = seconds(BatchShape(1, prefill_context=1)) - one_s
         return TokenCosts(row_s / each_s, _start(load), attended_s / each_s)
+
+    def scheduled(self, load: Load, batch: Batch) -> None:
+        """See `Squeezed`."""
+        if load.decodes and any(not c.is_decode and not c.request.is_flex for c in batch.chunks):
+            seconds = self.predictor.margin * self.predictor.seconds(BatchShape.of(batch))
+            over_s = seconds - self._time_left_s(load)
+            if over_s > _ROUNDING * seconds:
+                self.squeezed.iterations += 1
+                self.squeezed.over_s += over_s
 
     def flex(self, load: Load) -> tuple[int, int]:
         """As many as are within the target of the other decodes; one at least if there are none."""

@@ -27,14 +27,14 @@ class Limits(NamedTuple):
         admissions: most requests that may be admitted, `flex` aside.
         flex_decodes: the `flex` decodes that may run where no prompt of others does.
         flex_tokens: most tokens where they do.
-        costs: what chunks take of both beyond their tokens.
+        costs: of chunks, beyond their tokens; of the other decodes, so roughly where `flex` runs.
     """
 
     tokens: int | None
     admissions: int | None
     flex_decodes: Sequence[Request]
     flex_tokens: int | None
-    costs: TokenCosts = TokenCosts()
+    costs: TokenCosts
 
     @property
     def most_tokens(self) -> int | None:
@@ -44,7 +44,7 @@ class Limits(NamedTuple):
 
 def no_limits(load: Load) -> Limits:
     """Those of a policy without a budget."""
-    return Limits(None, None, load.flex_decodes, None)
+    return Limits(None, None, load.flex_decodes, None, TokenCosts())
 
 
 def limits_of(

@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
     is_waiting: bool = False
 
     @classmethod
-    def under_way(cls, request: RequestView) -> Candidate:
+    def of_running(cls, request: RequestView) -> Candidate:
         """Of a request that was admitted."""
         return cls(request, request.num_computed_tokens, request.num_remaining_tokens)
 
@@ -107,7 +107,7 @@ class Plan:
         self.proposals: list[Proposal] = []
         self._view = view
         self._num_tokens = 0
-        self._further = -view.costs.row  # what chunks cost beyond tokens; the limit has one row
+        self._cost = -view.costs.row  # of chunks, beyond their tokens; one row is in the limit
         self._free_blocks = view.free_blocks
         self._num_running = view.num_running
         self._num_admitted = 0
@@ -120,9 +120,9 @@ class Plan:
         if num_tokens > 0:
             self.proposals.append(Proposal(candidate.request, num_tokens))
             self._num_tokens += num_tokens
-            self._further += num_tokens * self._further_each(candidate)
+            self._cost += num_tokens * self._cost_of_token(candidate)
             if num_tokens == candidate.num_tokens:  # a token is sampled after it
-                self._further += self._view.costs.row
+                self._cost += self._view.costs.row
             self.has_chunk = True
 
     def run_decodes(self, requests: Sequence[RequestView]) -> None:
@@ -150,7 +150,7 @@ class Plan:
             return
         for request in self._view.under_way:
             if request.is_flex == candidate.request.is_flex and id(request) not in done:
-                other = Candidate.under_way(request)
+                other = Candidate.of_running(request)
                 self.run_chunk(other, self._chunk(other))
 
     def run_flex(self) -> None:
@@ -161,23 +161,33 @@ class Plan:
             self.run_prefills(self._view.flex_prefills)
 
     def _chunk(self, candidate: Candidate) -> int:
-        """How many of its tokens fit; cut to a tile unless all of them do."""
+        """How many of its tokens fit; cut to a tile unless all of them do.
+
+        The first chunk is of a tile at least, whatever its tokens cost, so that each gets on.
+        """
         remaining, limit = candidate.num_tokens, self._limit
         if limit is None:
             return remaining
         left = max(0, limit - self._num_tokens)
-        room = max(0.0, left - self._further)
-        each = 1 + self._further_each(candidate)
+        room = max(0.0, left - self._cost)
+        each = 1 + self._cost_of_token(candidate)
         if remaining <= left and remaining * each + self._view.costs.row <= room:
             return remaining
-        tile = self._view.tile_tokens
-        fitting = min(remaining, left, int(room / each))
-        cut = (self._num_tokens + fitting) // tile * tile - self._num_tokens
-        if cut <= 0 and not self.has_chunk:  # a tile at least, so that each gets on
-            return min(remaining, left, tile - self._num_tokens % tile)
-        return max(0, cut)
+        affordable = min(left, remaining - 1, int(room / each))
+        fitting = self._cut(affordable)
+        if not fitting and affordable < left:  # not even a tile, for what its tokens cost
+            fitting = affordable
+        if not self.has_chunk:
+            least = self._cut(2 * self._view.tile_tokens - 1)
+            fitting = max(fitting, min(least, self._cut(left) or left))
+        return min(fitting, remaining)
 
-    def _further_each(self, candidate: Candidate) -> float:
+    def _cut(self, num_tokens: int) -> int:
+        """As many as end the iteration's tokens with a whole tile, none perhaps."""
+        tile = self._view.tile_tokens
+        return max(0, (self._num_tokens + num_tokens) // tile * tile - self._num_tokens)
+
+    def _cost_of_token(self, candidate: Candidate) -> float:
         """What each of its tokens costs beyond itself, in tokens."""
         costs = self._view.costs
         logits = costs.row if candidate.request.is_scored else 0.0

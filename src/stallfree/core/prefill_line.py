@@ -45,7 +45,7 @@ class PrefillLine:
         """
         for request in self.requests(under_way, may_admit, is_flex=is_flex):
             if request.state is RequestState.RUNNING:
-                yield Candidate.under_way(request)
+                yield Candidate.of_running(request)
             else:
                 num_found = self._memory.num_found(request)
                 yield Candidate(

@@ -160,6 +160,7 @@ class Scheduler:
             request.in_flight += 1
             request.num_computed_tokens = chunk.start + chunk.num_tokens
         batch.copies = self._memory.next_copies()
+        self.budget.scheduled(load, batch)
         self.num_left_waiting = [self.waiting.num_requests(rank) for rank in RANKS.values()]
         self._decodes_ran_last = batch.num_decodes > 0
         return batch

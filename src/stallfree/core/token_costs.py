@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 
 class TokenCosts(NamedTuple):
-    """In tokens, as a limit on tokens counts them; where nothing is predicted, all are zero.
+    """Costs that a limit on tokens does not know of, each worth so many tokens.
+
+    All are zero where nothing is predicted.
 
     Attributes:
-        row: of each row whose logits are computed: one after a prompt, or one for each token of a
-            prompt that is scored. The limit reckons with one.
-        start: where in its prompt a chunk begins that the limit reckons with.
-        attended: of each token of a chunk, by how many tokens after `start` that begins.
+        row: a row whose logits are computed: one after a prompt, or one for each token of a prompt
+            that is scored. One such row is in the limit.
+        start: the limit is of chunks that begin at this position of their prompt.
+        attended: a token of a chunk that begins later, for each position that it does.
     """
 
     row: float = 0.0

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numba
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from stallfree.cache import cache_folder
 
+_SAVE_TIMEOUT_S = 60.0  # that another process may take; most take milliseconds
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +89,10 @@ def _bear_faults(cache: Any) -> None:
 
     def save_if_possible(*arguments: Any) -> None:
         try:
-            with FileLock(Path(cache.cache_path) / ".lock"):
+            with ExitStack() as stack:
+                with suppress(OSError, NotImplementedError, Timeout):  # each for itself then
+                    lock = FileLock(Path(cache.cache_path) / ".lock", timeout=_SAVE_TIMEOUT_S)
+                    stack.enter_context(lock)
                 save(*arguments)
         except Exception as error:  # of a full disk, or of what is kept and damaged
             _log.warning("compiled kernels are not kept, so each start takes longer: %s", error)

@@ -102,7 +102,7 @@ _TEXT_PART = {
 
 _Text = Annotated[str, Field(min_length=1)]
 _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-_Several = Annotated[list[_Text] | list[_Tokens], Field(min_length=1)]
+_Several = Annotated[list[_Text | _Tokens], Field(min_length=1)]
 Prompts = Annotated[
     list[str | list[Any]],
     PlainValidator(_prompts, json_schema_input_type=_Text | _Tokens | _Several),
