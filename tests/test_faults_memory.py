@@ -18,16 +18,16 @@ STAGES, SHARES = "--pipeline-parallel-size", "--tensor-parallel-size"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("split", "limited", "where"),
+    ("split", "limited", "fault"),
     [
-        ((), slice(None), ""),
-        ((STAGES, "2"), slice(None), " in a stage of a pipeline"),
-        ((SHARES, "2"), slice(1, None), " in a share of the layers"),
+        ((), slice(None), "no memory for an iteration"),
+        ((STAGES, "2"), slice(None), "no memory for an iteration in a stage of a pipeline"),
+        ((SHARES, "2"), slice(1, None), "no memory for an iteration in a share of the layers"),
     ],
     ids=["one process", "stages", "a share"],
 )
 def test_a_prompt_that_is_too_large_for_the_memory(
-    tmp_path: Path, split: tuple[str, ...], limited: slice, where: str
+    tmp_path: Path, split: tuple[str, ...], limited: slice, fault: str
 ) -> None:
     """2,000 tokens at once take 500 MB in the wide layer of this tiny model."""
     model = save_tiny_model(
@@ -55,7 +55,6 @@ def test_a_prompt_that_is_too_large_for_the_memory(
         assert workers(own) == others
         own.check_nothing_left(before)
         assert stop(own) == 0
-    fault = f"no memory for an iteration{where}"
     note(fault, seen="nothing: it is run in parts", healthy=healthy_s)
 
 
