@@ -315,7 +315,9 @@ def test_chat_survives_a_refused_message(server: Server) -> None:
 def test_a_wrong_key_is_one_line_and_code_1(server: Server) -> None:
     code, _, said = chat(server, "hello\n", key="wrong")
     assert code == 1
-    assert said == "stallfree: the API key is wrong (HTTP 401)\n"
+    said, hint = said.split(": give ")
+    assert said == "stallfree: the API key is wrong (HTTP 401)"
+    assert hint == "--api-key, or set STALLFREE_API_KEY\n"
 
 
 def test_an_unknown_model_is_refused(server: Server) -> None:

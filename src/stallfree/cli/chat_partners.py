@@ -13,6 +13,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from stallfree.core.sampling_params import SamplingParams
+from stallfree.engine.settings import API_KEY_VARIABLE
 from stallfree.errors import EngineError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _event_text(event: dict[str, Any]) -> str:
 
 def _error_text(error: HTTPError) -> str:
     try:
-        return f"{json.load(error)['error']['message']} (HTTP {error.code})"
+        hint = f": give --api-key, or set {API_KEY_VARIABLE}" if error.code == 401 else ""
+        return f"{json.load(error)['error']['message']} (HTTP {error.code}){hint}"
     except (ValueError, LookupError, TypeError):
         return f"the server answered HTTP {error.code} {error.reason}"
 

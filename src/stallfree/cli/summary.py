@@ -54,7 +54,7 @@ def _rows(
 ) -> dict[str, str]:
     parameters = _count(facts.num_parameters)
     weights = f"weights {_size(facts.weight_bytes)}"
-    share = f" ({facts.kv_cache_share:.0%} of what was free)" if facts.kv_cache_share else ""
+    share = f" (at most {facts.kv_cache_share:.0%} of free memory)" if facts.kv_cache_share else ""
     cache = f"KV cache {_size(facts.kv_cache_bytes)}{share} = {facts.kv_cache_tokens:,} tokens"
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     batching = f"{facts.scheduler}, {_budget(facts)}, {facts.max_num_seqs:,} requests at once"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from stallfree.core.blocks import BlockPool
 from stallfree.engine.progress import progress
@@ -17,6 +17,7 @@ from stallfree.executor.messages import WorkerSpec
 from stallfree.executor.ray_launch import RayLauncher
 from stallfree.executor.stage_log import StageLog
 from stallfree.executor.torch_executor import TorchExecutor
+from stallfree.kernels.jit import are_kept
 from stallfree.model.config import ModelConfig
 from stallfree.model.decoder import Decoder
 from stallfree.model.int8_cache import int8_weights
@@ -140,7 +141,8 @@ def _load_here(
     )
     bar.remove_task(loading)
     if computation.arithmetic.int8:
-        bar.add_task("compiling kernels for this processor, once", total=None)
+        how = "loading kernels" if are_kept() else "compiling kernels for this processor, once"
+        bar.add_task(how, total=None)
         compile_kernels(decoder)
     return _Here(decoder)
 
@@ -208,13 +210,17 @@ def _parts(settings: EngineSettings, config: ModelConfig, tokens: int) -> list[M
 
 def _rounded(source: ModelSource, bar: Progress) -> WeightSource:
     """The weights in int8."""
-    rounding = bar.add_task(f"rounding {source.name} to int8, once", total=None)
-    weights = int8_weights(
-        source.path,
-        source.weights,
-        on_tensor=lambda done, total: bar.update(rounding, completed=done, total=total),
-    )
-    bar.remove_task(rounding)
+    rounding: TaskID | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal rounding
+        if rounding is None:  # they are not in the cache
+            rounding = bar.add_task(f"rounding {source.name} to int8, once")
+        bar.update(rounding, completed=done, total=total)
+
+    weights = int8_weights(source.path, source.weights, on_tensor=show)
+    if rounding is not None:
+        bar.remove_task(rounding)
     return weights
 
 

@@ -45,6 +45,12 @@ def _keep_compiled() -> None:
     numba.config.CACHE_DIR = str(folder)
 
 
+def are_kept() -> bool:
+    """Whether machine code of these kernels is kept, of some signature at least."""
+    folder = numba.config.CACHE_DIR
+    return bool(folder) and next(Path(folder).rglob("*.nbc"), None) is not None
+
+
 _keep_compiled()
 
 # No GIL, no bounds checks, division by zero gives infinity, and no counting of references: threads
